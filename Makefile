@@ -1,0 +1,39 @@
+# make demo    quantize, export, verify and ask the embedded demo model
+# make test    lint, types and the test suite
+# make accept  the demo's acceptance and the interrupt tests
+# make venv    the environment alone
+#
+# PYTHON=python3.12 picks the interpreter. torch comes from the index pip is configured for; to take its CPU build
+# set PIP_EXTRA_INDEX_URL to PyTorch's CPU index before the first `make`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+OUT    ?= demo-out
+
+.PHONY: venv demo test accept lint clean
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) has no venv module; on Debian: apt install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[quant,export,runtime,rtx,dev]'
+	touch $@
+
+demo: venv
+	$(BIN)/python -m qvlm_export.demo $(OUT)
+
+lint: venv
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest --ignore=tests/end_to_end/test_demo.py --ignore=tests/end_to_end/test_interrupt.py
+
+# The demo's acceptance and the interrupt tests; not yet run to the end on an idle machine.
+accept: venv
+	$(BIN)/python -m pytest tests/end_to_end/test_demo.py tests/end_to_end/test_interrupt.py
+
+clean:
+	rm -rf $(VENV) $(OUT) .pytest_cache .mypy_cache .ruff_cache

@@ -1,0 +1,194 @@
+"""Attention over a key/value cache, and without one, as sequences that compile to the fewest
+kernels.
+
+Causal masks compare cache slots with the slot of each query row, so stale rows and padding behind
+the valid length are never seen. Scores of masked slots get the most negative finite number: softmax
+gives them exactly 0.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from qvlm_export.graph import GraphBuilder
+from qvlm_export.ops import heads_first
+
+# Finite, so that a Sub or a Cast downstream makes no NaN; far below any score.
+MASKED = {ir.DataType.FLOAT: -1e30, ir.DataType.FLOAT16: -65504.0}
+
+
+@dataclass(frozen=True)
+class HeadShape:
+    """Query heads, key/value heads and head size D."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def group(self) -> int:
+        """Query heads that share one key/value head."""
+        return self.heads // self.kv_heads
+
+
+class CausalAttention(Protocol):
+    """One instance per decoder graph; ``layer`` once per decoder layer."""
+
+    def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """q [1, S, heads, D], k and v [1, S, kv_heads, D] before rope, to [1, S, heads, D]."""
+
+
+def causal_attention(
+    b: GraphBuilder,
+    heads: HeadShape,
+    tables: tuple[ir.Value, ir.Value],
+    position_ids: ir.Value,
+    positions: int,
+) -> CausalAttention:
+    """The target's cache form; declares its inputs. ``tables`` are ``ops.rope_tables`` of
+    ``positions`` rows.
+    """
+    kind = ScatterAttention if b.target.cache == "scatter" else AppendAttention
+    return kind(b, heads, tables, position_ids, positions)
+
+
+def full_attention(
+    b: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, head_dim: int
+) -> ir.Value:
+    """Unmasked attention, all [N, S, heads, D]: the pattern that becomes one fused kernel."""
+    scaled = b.op("Mul", heads_first(b, q), b.scalar(head_dim**-0.5))
+    keys = b.op("Transpose", heads_first(b, k), perm=[0, 1, 3, 2])
+    weights = b.op("Softmax", b.op("MatMul", scaled, keys), axis=-1)
+    return heads_first(b, b.op("MatMul", weights, heads_first(b, v)))
+
+
+def _slots(b: GraphBuilder, positions: int) -> ir.Value:
+    """0, 1, ... positions-1, to be sliced: cheaper than Range on every consumer."""
+    return b.constant("slots", ir.Tensor(np.arange(positions, dtype=np.int64)))
+
+
+def _mask(b: GraphBuilder, columns: ir.Value, rows: ir.Value) -> ir.Value:
+    """[1, 1, S, T]: 0 where columns [T] <= rows [1, 1, S, 1]."""
+    visible = b.op("LessOrEqual", columns, rows)
+    return b.op("Where", visible, b.scalar(0.0), b.scalar(MASKED[b.float_type]))
+
+
+class AppendAttention:
+    """TensorRT's form: past [1, P, kv_heads, D] comes in, only the new rows [1, S, kv_heads, D] go
+    out.
+
+    Sequence-major, so that with batch 1 the past is a prefix of one buffer and the new rows land
+    behind it without a copy. One decode kernel does rope, append and grouped attention, if K/V are
+    repeated by Expand and cos/sin come straight out of Gather in their final shape. Column t of the
+    mask is slot t; a row's slot is its position id.
+    """
+
+    def __init__(
+        self,
+        b: GraphBuilder,
+        heads: HeadShape,
+        tables: tuple[ir.Value, ir.Value],
+        position_ids: ir.Value,
+        positions: int,
+    ) -> None:
+        self.b, self.heads, self.position_ids, self.positions = b, heads, position_ids, positions
+        ids = b.op("Unsqueeze", position_ids, b.i64(2))
+        self.cos, self.sin = (
+            b.op("Gather", table, ids, axis=0) for table in tables
+        )  # [1, S, 1, D/2]
+        self.mask: ir.Value | None = None
+
+    def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """See ``CausalAttention``."""
+        b, h = self.b, self.heads
+        q, k = self._rope(q), self._rope(k)
+        keys, values = (
+            self._join(f"{name}_{index}", new) for name, new in (("key", k), ("value", v))
+        )
+        if self.mask is None:  # needs T, which the first layer's keys tell
+            length = b.op("Shape", keys, start=2, end=3)
+            columns = b.op("Slice", _slots(b, self.positions), b.i64(0), length, b.i64(0))
+            self.mask = _mask(b, columns, b.op("Unsqueeze", self.position_ids, b.i64(1, 3)))
+        query = b.op("Mul", heads_first(b, q), b.scalar(h.head_dim**-0.5))
+        keys, values = self._repeat(keys), self._repeat(values)
+        scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        weights = b.op("Softmax", b.op("Add", scores, self.mask), axis=-1)
+        return heads_first(b, b.op("MatMul", weights, values))
+
+    def _rope(self, x: ir.Value) -> ir.Value:
+        b, d = self.b, self.heads.head_dim
+        first = b.op("Slice", x, b.i64(0), b.i64(d // 2), b.i64(-1))
+        second = b.op("Slice", x, b.i64(d // 2), b.i64(d), b.i64(-1))
+        low = b.op("Sub", b.op("Mul", first, self.cos), b.op("Mul", second, self.sin))
+        high = b.op("Add", b.op("Mul", second, self.cos), b.op("Mul", first, self.sin))
+        return b.op("Concat", low, high, axis=-1)
+
+    def _join(self, name: str, new: ir.Value) -> ir.Value:
+        b, tail = self.b, (self.heads.kv_heads, self.heads.head_dim)
+        past = b.input(f"past_{name}", b.float_type, (1, "P", *tail))
+        b.output(new, f"present_{name}", b.float_type, (1, "S", *tail))
+        return heads_first(b, b.op("Concat", past, new, axis=1))
+
+    def _repeat(self, x: ir.Value) -> ir.Value:
+        b, h = self.b, self.heads
+        if h.group == 1:
+            return x
+        wide = b.op("Expand", b.op("Unsqueeze", x, b.i64(2)), b.i64(1, 1, h.group, 1, 1))
+        return b.op("Reshape", wide, b.i64(0, h.heads, -1, h.head_dim))
+
+
+class ScatterAttention:
+    """ONNX Runtime's form: TensorScatter-24 into a buffer [1, kv_heads, C, D] bound in place, read
+    up to kv_len.
+
+    The Slice matters: attention over the whole buffer costs 3x at 1,000 valid rows of 4,096.
+    Grouped queries are rows of one product per key/value head, so K and V are read once and never
+    repeated.
+    """
+
+    def __init__(
+        self,
+        b: GraphBuilder,
+        heads: HeadShape,
+        tables: tuple[ir.Value, ir.Value],
+        position_ids: ir.Value,
+        positions: int,
+    ) -> None:
+        self.b, self.heads, self.tables, self.position_ids = b, heads, tables, position_ids
+        self.write_index = b.input("write_index", ir.DataType.INT64, (1,))
+        self.kv_len = b.input("kv_len", ir.DataType.INT64, (1,))
+        slots = _slots(b, positions)
+        columns = b.op("Slice", slots, b.i64(0), self.kv_len, b.i64(0))
+        length = b.op("Shape", position_ids, start=-1)
+        rows = b.op("Add", b.op("Slice", slots, b.i64(0), length, b.i64(0)), self.write_index)
+        mask = _mask(b, columns, b.op("Unsqueeze", rows, b.i64(0, 1, 3)))
+        self.mask = mask if heads.group == 1 else b.op("Concat", *[mask] * heads.group, axis=2)
+
+    def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """See ``CausalAttention``."""
+        b, h = self.b, self.heads
+        keys = self._scatter(f"key_{index}", self._rope(k))
+        values = self._scatter(f"value_{index}", heads_first(b, v))
+        query = b.op("Mul", self._rope(q), b.scalar(h.head_dim**-0.5))
+        rows = b.op("Reshape", query, b.i64(0, h.kv_heads, -1, h.head_dim))
+        scores = b.op("MatMul", rows, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
+        weights = b.op("Softmax", b.op("Add", scores, self.mask), axis=-1)
+        out = b.op("Reshape", b.op("MatMul", weights, values), b.i64(0, h.heads, -1, h.head_dim))
+        return heads_first(b, out)
+
+    def _rope(self, x: ir.Value) -> ir.Value:
+        """[1, S, heads, D] to [1, heads, S, D] rotated; RotaryEmbedding-23, half form
+        (interleaved=0).
+        """
+        return self.b.op("RotaryEmbedding", heads_first(self.b, x), *self.tables, self.position_ids)
+
+    def _scatter(self, name: str, new: ir.Value) -> ir.Value:
+        b, shape = self.b, (1, self.heads.kv_heads, "C", self.heads.head_dim)
+        past = b.input(f"past_{name}", b.float_type, shape)
+        whole = b.op("TensorScatter", past, new, self.write_index, axis=-2, mode="linear")
+        b.output(whole, f"present_{name}", b.float_type, shape)
+        return b.op("Slice", whole, b.i64(0), self.kv_len, b.i64(2))

@@ -1,0 +1,276 @@
+"""qvlm-export: a checkpoint becomes a verified model folder.
+
+    qvlm-export SRC OUT [--target T]... [--recipe NAME|FILE] [--method M] [--calib PATH] ...
+    qvlm-export verify OUT       replay the goldens through ONNX Runtime
+    qvlm-export check OUT|FILE   TensorRT's rules, without TensorRT
+    qvlm-export build OUT        engines with TensorRT for RTX, for the GPU generations named
+    qvlm-export targets          the table of targets
+
+Exit 0 done, 1 failed (one line on stderr), 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+from qvlm.errors import ExportError, QvlmError
+from qvlm.progress import reporter
+from qvlm.recipe import RECIPES, Recipe, load_recipe
+from qvlm_export.targets import TARGETS
+from qvlm_runtime.errors import RuntimeFault
+
+Answer = tuple[int, dict[str, Any]]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of qvlm-export; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    name = words[0] if words and words[0] in _COMMANDS else ""
+    parser, run = _COMMANDS[name]() if name else _export_parser()
+    args = parser.parse_args(words[1:] if name else words)
+    try:
+        code, answer = run(args)
+    except (QvlmError, RuntimeFault) as error:
+        return _fail(str(error))
+    except OSError as error:
+        hint = (
+            " Free some space and run again with --resume." if error.errno == errno.ENOSPC else ""
+        )
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}.{hint}")
+    except KeyboardInterrupt:
+        return _fail("interrupted. Run again with --resume to continue.")
+    if args.json:
+        print(json.dumps(answer, sort_keys=True))
+    return code
+
+
+def _fail(message: str) -> int:
+    print(f"qvlm-export: {' '.join(message.split())}", file=sys.stderr)
+    return 1
+
+
+def _parser(name: str, description: str) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog=f"qvlm-export{name and ' ' + name}", description=description
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+Command = tuple[argparse.ArgumentParser, Callable[[argparse.Namespace], Answer]]
+
+
+def _export_parser() -> Command:
+    parser = _parser("", "Quantize, export, verify and package a vision-language model.")
+    add = parser.add_argument
+    add("source", metavar="SRC", help='HF directory, hub id, quantized checkpoint, or "demo"')
+    add(
+        "out", metavar="OUT", type=Path, help="folder to write; also: verify, check, build, targets"
+    )
+    add("--target", action="append", choices=list(TARGETS), help="default ort; may be repeated")
+    add(
+        "--recipe",
+        default="w4a16",
+        metavar="NAME|FILE",
+        help=f"{', '.join(RECIPES)}, or a JSON file",
+    )
+    add("--method", metavar="M", help="default: q-vlm for a named recipe, else what the file says")
+    add(
+        "--calib",
+        metavar="PATH",
+        help="folder with samples.jsonl or images; default: shipped samples",
+    )
+    add("--samples", type=int, metavar="N", help="calibration samples (default 64)")
+    add("--seed", type=int, metavar="S", help="draw of the calibration samples (default 0)")
+    add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
+    add(
+        "--sm",
+        type=int,
+        action="append",
+        metavar="NN",
+        help="rtx: compile for this generation (86, 89)",
+    )
+    add(
+        "--keep-checkpoint",
+        action="store_true",
+        help="keep OUT.checkpoint, the quantized checkpoint",
+    )
+    add("--resume", action="store_true", help="continue an interrupted export")
+    add("--overwrite", action="store_true", help="replace OUT if it exists")
+    add("--dry-run", action="store_true", help="print the plan: layers, bits, bytes, peak memory")
+    return parser, _export
+
+
+def _recipe(args: argparse.Namespace) -> Recipe:
+    recipe = load_recipe(args.recipe)
+    method = args.method or ("q-vlm" if args.recipe in RECIPES else None)
+    given = {"method": method, "samples": args.samples, "seed": args.seed}
+    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+
+
+def _export(args: argparse.Namespace) -> Answer:
+    from qvlm_export.pipeline import Request, export
+
+    request = Request(
+        args.source,
+        _recipe(args),
+        tuple(dict.fromkeys(args.target or ["ort"])),
+        args.calib,
+        args.max_context,
+        tuple(args.sm or ()),
+    )
+    if args.dry_run:
+        data = _dry_run(request)
+        print(_plan_text(data, request.targets))
+        return 0, data
+    result = export(
+        request,
+        args.out,
+        resume=args.resume,
+        overwrite=args.overwrite,
+        keep_checkpoint=args.keep_checkpoint,
+        progress=reporter(),
+    )
+    for row in result.report.components:
+        print(
+            f"{row.component:<10} {row.quantized:>4} of {row.linears:>4} linears  "
+            f"{row.bits_per_weight:6.3f} bits/weight  {row.nbytes / 1e6:10.2f} MB  "
+            f"{row.nbytes / row.float16_bytes:.3f}x float16"
+        )
+    kept = result.report.divergence
+    print(
+        f"KL to float {kept['kl']:.2e} nats per token, same greedy token {100 * kept['greedy']:.2f} %"
+    )
+    print(f"verified: {', '.join(request.targets)}; report: {result.folder / 'report.html'}")
+    return 0, {"out": str(result.folder), **json.loads(result.report.to_json())}
+
+
+def _plan_text(data: dict[str, Any], targets: Sequence[str]) -> str:
+    lines = [
+        f"{data['source']} ({data['model_type']}), method {data['method']}, {data['samples']} samples"
+    ]
+    for row in data["components"]:
+        formats = ", ".join(f"{n} x {name}" for name, n in row["formats"].items())
+        lines.append(
+            f"{row['component']:<10} {row['layers']:>3} layers {row['linears']:>4} linears  {formats:<28} "
+            f"{row['bits_per_weight']:7.3f} bits/weight {row['nbytes'] / 1e6:10.2f} MB"
+        )
+    lines.append(f"embeddings, norms and the rest: {data['other_bytes'] / 1e6:.2f} MB at 16 bit")
+    lines.append(f"estimated peak memory: {data['peak_bytes'] / 1e9:.2f} GB")
+    lines.append(f"targets: {', '.join(targets)}")
+    return "\n".join(lines)
+
+
+def _dry_run(request: Any) -> dict[str, Any]:
+    from qvlm_export.pipeline import is_quantized
+
+    if is_quantized(request.source):
+        raise ExportError(f"{request.source}: already quantized, nothing to plan. Drop --dry-run.")
+    from qvlm.plan import plan
+    from qvlm.source import open_source
+
+    return plan(open_source(request.source), request.recipe).to_json()
+
+
+def _verify_parser() -> Command:
+    parser = _parser("verify", "Replay an export's goldens through ONNX Runtime.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder written by qvlm-export")
+    return parser, _verify
+
+
+def _verify(args: argparse.Namespace) -> Answer:
+    from qvlm_export.verify import verify_folder
+
+    results = verify_folder(args.out, reporter())
+    head = ("target", "graph", "output", "tokens", "rms", "bound", "largest", "bound")
+    print("{:<9} {:<12} {:<15} {:<8} {:>9} {:>9} {:>9} {:>9}".format(*head))
+    for result in results:
+        for row in result.rows:
+            errors = (row.rms, row.rms_bound, row.largest, row.largest_bound)
+            numbers = " ".join(f"{error:9.2e}" for error in errors)
+            print(f"{result.target:<9} {row.graph:<12} {row.output:<15} {row.tokens:<8} {numbers}")
+        print(
+            f"{result.target}: {result.agree} of {result.positions} greedy tokens agree end to end"
+        )
+    return 0, {result.target: asdict(result) for result in results}
+
+
+def _check_parser() -> Command:
+    parser = _parser("check", "TensorRT's rules for a graph, without TensorRT.")
+    parser.add_argument(
+        "path", metavar="OUT|FILE", type=Path, help="exported folder or any .onnx file"
+    )
+    names = [name for name, target in TARGETS.items() if target.is_tensorrt]
+    parser.add_argument("--target", action="append", choices=names, help="default: OUT's own")
+    return parser, _check
+
+
+def _check(args: argparse.Namespace) -> Answer:
+    from qvlm_export.conform import check_graph
+    from qvlm_runtime.manifest import read_manifest
+
+    if args.path.is_dir():
+        specs = read_manifest(args.path).targets
+        names = args.target or [name for name in specs if TARGETS[name].is_tensorrt]
+        graphs = [
+            (n, args.path / path) for n in names if n in specs for path in specs[n].graphs.values()
+        ]
+    else:
+        graphs = [(name, args.path) for name in args.target or ()]
+    if not graphs:
+        raise ExportError(f"{args.path}: no graph for a TensorRT target. Name one with --target.")
+    findings = [(name, f) for name, path in graphs for f in check_graph(path, TARGETS[name])]
+    for name, finding in findings:
+        print(f"{name}: {finding.line()}")
+    errors = sum(finding.level == "error" for _, finding in findings)
+    print(f"{len(graphs)} graphs, {len(findings)} findings, {errors} errors")
+    rows = [{"target": name, **asdict(finding)} for name, finding in findings]
+    return int(errors > 0), {"findings": rows, "errors": errors}
+
+
+def _build_parser() -> Command:
+    parser = _parser(
+        "build", "Compile an exported folder's rtx graphs with TensorRT for RTX; needs no GPU."
+    )
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder exported with --target rtx")
+    parser.add_argument(
+        "--sm", type=int, action="append", metavar="NN", help="generation; default 86 and 89"
+    )
+    return parser, _build
+
+
+def _build(args: argparse.Namespace) -> Answer:
+    from qvlm_export.package import add_engines
+
+    rows = add_engines(args.out, tuple(args.sm or (86, 89)), reporter())
+    for row in rows:
+        print(f"{row.engine}: {row.bytes / 1e6:.2f} MB, {row.kernels} kernels, {row.file}")
+    return 0, {"engines": [asdict(row) for row in rows]}
+
+
+def _targets_parser() -> Command:
+    return _parser("targets", "Print the table of targets."), _targets
+
+
+def _targets(args: argparse.Namespace) -> Answer:
+    for target in TARGETS.values():
+        print(
+            f"{target.name:<10} opset {target.opset}  {target.dtype:<8} cache {target.cache:<8} {target.hardware}"
+        )
+    return 0, {name: asdict(target) for name, target in TARGETS.items()}
+
+
+_COMMANDS: dict[str, Callable[[], Command]] = {
+    "verify": _verify_parser,
+    "check": _check_parser,
+    "build": _build_parser,
+    "targets": _targets_parser,
+}

@@ -1,0 +1,124 @@
+"""Building one ONNX graph with onnx-ir: nodes with our names, shared small constants, one scope per
+module.
+
+Knows no operator's meaning: the vocabulary is in ``ops.py`` and ``qdq.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qvlm_export.targets import Target
+from qvlm_export.weights import Weights
+
+# ONNX IR version that came with each operator-set version.
+IR_VERSIONS = {21: 10, 24: 12}
+Dims = Sequence[int | str]
+
+
+class GraphBuilder:
+    """Collects nodes and constants; ``model`` closes the graph."""
+
+    def __init__(self, name: str, target: Target, weights: Weights) -> None:
+        self.name = name
+        self.target = target
+        self.weights = weights
+        self._inputs: list[ir.Value] = []
+        self._outputs: list[ir.Value] = []
+        self._nodes: list[ir.Node] = []
+        self._constants: dict[str, ir.Value] = {}
+        self._scope: list[str] = []
+        self._used: dict[str, int] = {}
+
+    @property
+    def float_type(self) -> ir.DataType:
+        """F: the element type of activations."""
+        return self.weights.float_type()
+
+    @contextmanager
+    def scope(self, name: str) -> Iterator[None]:
+        """Names of nodes inside start with ``name/``."""
+        self._scope.append(name)
+        try:
+            yield
+        finally:
+            self._scope.pop()
+
+    def input(self, name: str, dtype: ir.DataType, shape: Dims) -> ir.Value:
+        """Declare a graph input; strings in ``shape`` are free dimensions."""
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype))
+        self._inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Dims) -> None:
+        """Make ``value`` a graph output under ``name``."""
+        value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
+        self._outputs.append(value)
+
+    def op(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        """Append a node with one output."""
+        return self.op_many(op_type, inputs, 1, **attributes)[0]
+
+    def op_many(
+        self, op_type: str, inputs: Sequence[ir.Value | None], outputs: int, **attributes: Any
+    ) -> Sequence[ir.Value]:
+        """Append a node with several outputs."""
+        base = "/".join([*self._scope, op_type])
+        count = self._used.get(base, 0)
+        self._used[base] = count + 1
+        name = base if count == 0 else f"{base}_{count}"
+        suffixes = [""] if outputs == 1 else [f":{i}" for i in range(outputs)]
+        values = [ir.Value(name=f"{name}{suffix}/out") for suffix in suffixes]
+        node = ir.node(op_type, inputs, attributes, outputs=values, name=name)
+        self._nodes.append(node)
+        return node.outputs
+
+    def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+        """A named constant; the same name gives the same value."""
+        if name not in self._constants:
+            tensor.name = name
+            self._constants[name] = ir.Value(
+                name=name,
+                shape=ir.Shape(tensor.shape.numpy()),
+                type=ir.TensorType(tensor.dtype),
+                const_value=tensor,
+            )
+        return self._constants[name]
+
+    def i64(self, *numbers: int) -> ir.Value:
+        """INT64 vector of these numbers."""
+        label = "i64_" + "_".join(f"m{-n}" if n < 0 else str(n) for n in numbers)
+        return self.constant(label, ir.Tensor(np.array(numbers, np.int64)))
+
+    def scalar(self, number: float, dtype: ir.DataType | None = None) -> ir.Value:
+        """Rank-0 constant, of the graph's float type unless ``dtype`` says otherwise."""
+        type_ = dtype or self.float_type
+        array = np.array(number, type_.numpy())
+        return self.constant(f"{type_.name.lower()}_{number!r}", ir.Tensor(array, dtype=type_))
+
+    def parameter(self, name: str, shape: tuple[int, ...]) -> ir.Value:
+        """A float tensor of the checkpoint under its own name."""
+        self.weights.expect(name, shape)
+        return self.constant(name, self.weights.stored(name, shape))
+
+    def model(self, version: str) -> ir.Model:
+        """The finished model. Constants keep the order of their first use."""
+        graph = ir.Graph(
+            self._inputs,
+            self._outputs,
+            nodes=self._nodes,
+            initializers=list(self._constants.values()),
+            opset_imports={"": self.target.opset},
+            name=self.name,
+        )
+        return ir.Model(
+            graph,
+            ir_version=IR_VERSIONS[self.target.opset],
+            producer_name="qvlm",
+            producer_version=version,
+        )

@@ -1,0 +1,19 @@
+"""The families that can be exported: ``model_type`` of config.json -> its row."""
+
+from qvlm.checkpoint import Checkpoint
+from qvlm.errors import UnsupportedModelError
+from qvlm_export.models.family import Family
+from qvlm_export.models.llava import LLAVA
+
+BUILDERS: dict[str, Family] = {family.model_type: family for family in (LLAVA,)}
+
+
+def builder_for(checkpoint: Checkpoint) -> Family:
+    """The family of a checkpoint; UnsupportedModelError listing those that exist."""
+    found = checkpoint.config.get("model_type")
+    if found not in BUILDERS:
+        raise UnsupportedModelError(
+            f"{checkpoint.directory / 'config.json'}: model_type {found!r} has no graph builder. "
+            f"Supported: {', '.join(BUILDERS)}."
+        )
+    return BUILDERS[str(found)]

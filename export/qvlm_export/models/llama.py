@@ -1,0 +1,117 @@
+"""Llama decoder (Touvron et al. 2023): grouped-query attention with rope, gated MLP. Shared by
+families.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import onnx_ir as ir
+
+from qvlm_export.attention import CausalAttention, HeadShape, causal_attention
+from qvlm_export.graph import GraphBuilder
+from qvlm_export.ops import (
+    activation,
+    embedding_merge,
+    last_position,
+    rms_norm,
+    rope_frequencies,
+    rope_tables,
+    split_heads,
+)
+from qvlm_export.qdq import has_linear, heads_linear, linear, linears
+
+
+@dataclass(frozen=True)
+class LlamaConfig:
+    """Sizes of the decoder, with transformers' defaults for keys that a config leaves out."""
+
+    hidden_size: int = 4096
+    intermediate_size: int = 11008
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    vocab_size: int = 32000
+    max_position_embeddings: int = 2048
+    rms_norm_eps: float = 1e-6
+    hidden_act: str = "silu"
+    rope: Mapping[str, Any] = field(default_factory=dict)
+
+    @staticmethod
+    def from_json(data: Mapping[str, Any]) -> LlamaConfig:
+        """Read ``text_config``; rope in transformers 5's form (rope_parameters) or the older one
+        (rope_scaling).
+        """
+        names = set(LlamaConfig.__dataclass_fields__) - {"rope"}
+        rope = {"rope_theta": data.get("rope_theta") or 10000.0}
+        rope.update(data.get("rope_scaling") or {})
+        rope.update(data.get("rope_parameters") or {})
+        return LlamaConfig(**{k: v for k, v in data.items() if k in names}, rope=rope)
+
+    @property
+    def heads(self) -> HeadShape:
+        """Attention heads; one key/value head per query head unless the config says otherwise."""
+        head_dim = self.head_dim or self.hidden_size // self.num_attention_heads
+        return HeadShape(
+            self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads, head_dim
+        )
+
+
+def decoder(
+    b: GraphBuilder, c: LlamaConfig, prefix: str, head: str, positions: int, where: str
+) -> None:
+    """The decoder graph of the model folder's contract, for up to ``positions`` tokens.
+
+    ``prefix`` names the decoder's modules, ``head`` the output projection (the embedding where it
+    is tied).
+    """
+    ids, image_index, position_ids = (
+        b.input(name, ir.DataType.INT64, (1, "S"))
+        for name in ("input_ids", "image_index", "position_ids")
+    )
+    features = b.input("image_features", b.float_type, ("M", c.hidden_size))
+    table = b.parameter(f"{prefix}.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+    with b.scope("embed"):
+        x = embedding_merge(b, table, ids, image_index, features)
+    with b.scope("positions"):
+        frequencies = rope_frequencies(c.rope, c.heads.head_dim, where)
+        tables = rope_tables(b, frequencies, positions)
+        attention = causal_attention(b, c.heads, tables, position_ids, positions)
+    for i in range(c.num_hidden_layers):
+        with b.scope(f"layers.{i}"):
+            x = _layer(b, c, f"{prefix}.layers.{i}", i, attention, x)
+    x = last_position(b, x)
+    x = rms_norm(b, x, f"{prefix}.norm", c.hidden_size, c.rms_norm_eps)
+    if has_linear(b.weights.checkpoint, head):
+        logits = linear(b, x, head)
+    else:  # tied: the embedding's bytes are stored once
+        logits = b.op("MatMul", x, b.op("Transpose", table, perm=[1, 0]))
+    b.output(logits, "logits", b.float_type, (1, 1, c.vocab_size))
+
+
+def _layer(
+    b: GraphBuilder,
+    c: LlamaConfig,
+    prefix: str,
+    index: int,
+    attention: CausalAttention,
+    x: ir.Value,
+) -> ir.Value:
+    heads = c.heads
+    h = rms_norm(b, x, f"{prefix}.input_layernorm", c.hidden_size, c.rms_norm_eps)
+    with b.scope("self_attn"):
+        qkv = linears(b, h, [f"{prefix}.self_attn.{p}_proj" for p in "qkv"])
+        counts = (heads.heads, heads.kv_heads, heads.kv_heads)
+        q, k, v = (
+            split_heads(b, part, n, heads.head_dim) for part, n in zip(qkv, counts, strict=True)
+        )
+        context = attention.layer(index, q, k, v)
+        x = b.op("Add", x, heads_linear(b, context, f"{prefix}.self_attn.o_proj"))
+    h = rms_norm(b, x, f"{prefix}.post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
+    with b.scope("mlp"):
+        gate, up = linears(b, h, [f"{prefix}.mlp.{p}_proj" for p in ("gate", "up")])
+        inner = b.op("Mul", activation(b, gate, c.hidden_act, prefix), up)
+        return b.op("Add", x, linear(b, inner, f"{prefix}.mlp.down_proj"))

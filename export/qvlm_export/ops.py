@@ -1,0 +1,142 @@
+"""The vocabulary of graph building: norms, activations, embedding merge, heads, rope tables.
+
+Each function lowers itself for the builder's target. Linears are in ``qdq.py``, attention in
+``attention.py``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from qvlm.errors import ExportError
+from qvlm_export.graph import GraphBuilder
+from qvlm_export.weights import Array
+
+INT64_MAX = 2**63 - 1
+
+
+def layer_norm(b: GraphBuilder, x: ir.Value, name: str, width: int, eps: float) -> ir.Value:
+    """LayerNormalization-17 over the last axis, scale and bias both given (rule O-04), reduced in
+    float32.
+    """
+    scale, bias = b.parameter(f"{name}.weight", (width,)), b.parameter(f"{name}.bias", (width,))
+    return b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=eps)
+
+
+def rms_norm(b: GraphBuilder, x: ir.Value, name: str, width: int, eps: float) -> ir.Value:
+    """x / sqrt(mean(x^2) + eps) * g, reduced in float32: RMSNormalization-23 or its primitives (one
+    kernel both).
+    """
+    gain = b.parameter(f"{name}.weight", (width,))
+    if b.target.native_ops:
+        return b.op("RMSNormalization", x, gain, axis=-1, epsilon=eps, stash_type=1)
+    wide = b.float_type != ir.DataType.FLOAT
+    c = b.op("Cast", x, to=int(ir.DataType.FLOAT)) if wide else x
+    mean = b.op("ReduceMean", b.op("Mul", c, c), b.i64(-1), keepdims=1)
+    root = b.op("Sqrt", b.op("Add", mean, b.scalar(eps, ir.DataType.FLOAT)))
+    normal = b.op("Div", c, root)
+    normal = b.op("Cast", normal, to=int(b.float_type)) if wide else normal
+    return b.op("Mul", normal, gain)
+
+
+def activation(b: GraphBuilder, x: ir.Value, kind: str, where: str) -> ir.Value:
+    """An elementwise function by transformers' name; ExportError naming ``where`` for another."""
+    if kind == "gelu":
+        return b.op("Gelu", x)
+    if kind in ("gelu_pytorch_tanh", "gelu_new"):
+        return b.op("Gelu", x, approximate="tanh")
+    if kind == "quick_gelu":
+        return b.op("Mul", x, b.op("Sigmoid", b.op("Mul", x, b.scalar(1.702))))
+    if kind in ("silu", "swish"):
+        return b.op("Mul", x, b.op("Sigmoid", x))
+    if kind == "relu":
+        return b.op("Relu", x)
+    raise ExportError(
+        f"{where}: activation {kind!r}, "
+        "expected gelu, gelu_pytorch_tanh, gelu_new, quick_gelu, silu or relu"
+    )
+
+
+def embedding_merge(
+    b: GraphBuilder,
+    table: ir.Value,
+    input_ids: ir.Value,
+    image_index: ir.Value,
+    image_features: ir.Value,
+) -> ir.Value:
+    """Token embeddings [1, S, H]; where image_index >= 0 that row of image_features [M, H] instead.
+
+    One kernel together with the first norm. Text tokens read row 0 and discard it, so M >= 1 is
+    needed.
+    """
+    text = b.op("Gather", table, input_ids, axis=0)
+    image = b.op("Gather", image_features, b.op("Max", image_index, b.i64(0)), axis=0)
+    is_image = b.op("Unsqueeze", b.op("GreaterOrEqual", image_index, b.i64(0)), b.i64(-1))
+    return b.op("Where", is_image, image, text)
+
+
+def last_position(b: GraphBuilder, x: ir.Value) -> ir.Value:
+    """[1, S, H] to [1, 1, H]. Before the final norm: behind it the norm would run over all S
+    rows.
+    """
+    return b.op("Slice", x, b.i64(-1), b.i64(INT64_MAX), b.i64(1))
+
+
+def split_heads(b: GraphBuilder, x: ir.Value, heads: int, head_dim: int) -> ir.Value:
+    """[1, S, heads * D] to [1, S, heads, D]."""
+    return b.op("Reshape", x, b.i64(0, 0, heads, head_dim))
+
+
+def heads_first(b: GraphBuilder, x: ir.Value) -> ir.Value:
+    """[1, S, heads, D] to [1, heads, S, D], and back."""
+    return b.op("Transpose", x, perm=[0, 2, 1, 3])
+
+
+def rope_frequencies(parameters: Mapping[str, Any], head_dim: int, where: str) -> Array:
+    """Angular frequencies [D/2] float64 of rotary embeddings (Su et al. 2021) for transformers'
+    ``rope_parameters``.
+
+    rope_type "default", "linear" (divided by factor) or "llama3" (Llama 3.1: wavelengths above
+    original/low_freq_factor divided by factor, a ramp down to original/high_freq_factor).
+    ExportError otherwise.
+    """
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
+    if float(parameters.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise ExportError(f"{where}: partial_rotary_factor is not supported")
+    try:
+        base = float(parameters["rope_theta"])
+        frequencies = base ** -(np.arange(0, head_dim, 2, dtype=np.float64) / head_dim)
+        if kind == "default":
+            return frequencies
+        factor = float(parameters["factor"])
+        if kind == "linear":
+            return frequencies / factor
+        if kind == "llama3":
+            low, high = float(parameters["low_freq_factor"]), float(parameters["high_freq_factor"])
+            original = float(parameters["original_max_position_embeddings"])
+            ramp = (original * frequencies / (2 * math.pi) - low) / (high - low)
+            keep = np.clip(ramp, 0.0, 1.0)
+            return (1 - keep) * frequencies / factor + keep * frequencies
+    except KeyError as error:
+        raise ExportError(f"{where}: rope_type {kind!r} without key {error}") from error
+    raise ExportError(f"{where}: rope_type {kind!r}, expected default, linear or llama3")
+
+
+def rope_tables(b: GraphBuilder, frequencies: Array, positions: int) -> tuple[ir.Value, ir.Value]:
+    """cos and sin, F [positions, D/2], rounded once from float64."""
+    shape = (positions, len(frequencies))
+
+    def angles() -> Array:
+        # In float32, as transformers forms them: a model's positions are what it was trained with.
+        narrow = frequencies.astype(np.float32)
+        return np.outer(np.arange(positions, dtype=np.float32), narrow).astype(np.float64)
+
+    # float64 must survive up to the one rounding, so the tables do not go through float32 first.
+    cos = b.weights.lazy("rope.cos", shape, lambda: np.cos(angles()).astype(b.weights.dtype))
+    sin = b.weights.lazy("rope.sin", shape, lambda: np.sin(angles()).astype(b.weights.dtype))
+    return b.constant("rope.cos", cos), b.constant("rope.sin", sin)

@@ -1,0 +1,342 @@
+"""Linears and their number formats; the only file that creates QuantizeLinear and DequantizeLinear.
+
+Four kinds, chosen per linear by the checkpoint (x [1, S, K], weight stored as [K, N]):
+
+    float    MatMul(x, W) + b
+    INT4     MatMul(x, DequantizeLinear(INT4 W, F[K/block, N], axis=0, block_size)) + b
+    token    m = Max(ReduceMax(Abs(x)), eps);  d = DQ(Q(x / m, 1/127), 1/127)
+             MatMul(d, DequantizeLinear(INT8 W, s0)) * c[n] * m + b
+    static   d = DQ(Q(x, input_scale), input_scale);  MatMul(d, DequantizeLinear(INT8 W, s0)) * c[n]
+    + b
+
+``s0`` is one power of two per weight and c[n] = scale[n] / s0, so s0 * c[n] is the checkpoint's
+scale exactly and W * s0 * c[n] is its dequantized weight bit for bit. s0 is also small enough that
+no GEMM result leaves float16. INT8 linears that read the same tensor in the same way share one Q
+and become one GEMM followed by Split: with a shared INT8 Q and separate GEMMs, ONNX Runtime runs 2
+of 7 as integers; merged, all; TensorRT saves a kernel.
+
+Rules kept (TensorRT rule book): zero points are INT8 zeros, always given to Q (Q-01, Q-02); scales
+are constants of the activation's float type (Q-03, Q-05); ``axis`` is explicit on block scales
+(Q-07); activations per tensor (Q-09); at least two INT4 blocks along K for TensorRT (W-05); no INT4
+weight behind an INT8 activation (W-10).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import onnx_ir as ir
+
+from qvlm.checkpoint import Checkpoint, QuantizedLinear
+from qvlm.errors import ExportError
+from qvlm.recipe import named_format
+from qvlm_export.graph import GraphBuilder
+from qvlm_export.weights import Array, lazy_int4, lazy_int8
+
+Kind = Literal["float", "int4", "token", "static"]
+# Metadata key of a quantized MatMul: the checkpoint linears inside it, comma separated.
+LINEARS_KEY = "qvlm.linears"
+# Half of float16's range: what a GEMM's result may reach before c[n] and m.
+GEMM_LIMIT = 2.0**15
+# A token is divided by its largest value or by this: the smallest round number whose float16
+# neighbourhood is normal, and the value that qvlm.affine uses.
+TOKEN_FLOOR = 1e-4
+
+
+@dataclass(frozen=True)
+class LinearPlan:
+    """One linear as the graph will have it: weight [out_features, in_features] of the
+    checkpoint.
+    """
+
+    name: str
+    kind: Kind
+    out_features: int
+    in_features: int
+    input_scale: float | None = None
+    block: int | None = None
+
+    @property
+    def merge_key(self) -> tuple[str, float | None] | None:
+        """Linears of equal key that read the same tensor become one GEMM."""
+        return (self.kind, self.input_scale) if self.kind in ("token", "static") else None
+
+
+def check_deployable(checkpoint: Checkpoint) -> None:
+    """ExportError naming the first linear whose format no engine runs."""
+    for name, entry in checkpoint.linears.items():
+        _kind(name, entry["format"])
+
+
+def _kind(name: str, format_name: str) -> Kind:
+    format_ = named_format(format_name)
+    weights, activations = format_.weights, format_.activations
+    fits_int4 = weights is not None and weights.bits == 4 and weights.granularity == "group"
+    fits_int8 = weights is not None and weights.bits == 8 and weights.granularity != "group"
+    if format_.deployable and weights is not None and weights.symmetric:
+        if fits_int4 and activations is None:
+            return "int4"
+        if (
+            fits_int8
+            and activations is not None
+            and activations.bits == 8
+            and activations.symmetric
+        ):
+            if activations.granularity == "token":
+                return "token"
+            if activations.granularity == "tensor":
+                return "static"
+    raise ExportError(
+        f"{name}: format {format_name!r} has no engine, it is simulated in torch only. "
+        "Quantize with a recipe of w4a16, w4a16-g64, w8a8 or w8a8-static."
+    )
+
+
+def has_linear(checkpoint: Checkpoint, name: str) -> bool:
+    """True if the checkpoint stores linear ``name``, quantized or float."""
+    return name in checkpoint.linears or f"{name}.weight" in checkpoint
+
+
+def plan(b: GraphBuilder, name: str) -> LinearPlan:
+    """How linear ``name`` is lowered; ExportError for what the target cannot run."""
+    checkpoint = b.weights.checkpoint
+    if name not in checkpoint.linears:
+        out_features, in_features = b.weights.shape(f"{name}.weight")
+        return LinearPlan(name, "float", out_features, in_features)
+    kind = _kind(name, checkpoint.linears[name]["format"])
+    packed = f"{name}.weight_packed"
+    shape = checkpoint.tensor(f"{name}.weight_shape") if packed in checkpoint else None
+    sizes = b.weights.shape(f"{name}.weight") if shape is None else tuple(int(n) for n in shape)
+    out_features, in_features = sizes
+    if kind == "int4":
+        block = _int4_block(b, name, out_features, in_features)
+        return LinearPlan(name, kind, out_features, in_features, block=block)
+    scale = _static_scale(b, name) if kind == "static" else None
+    return LinearPlan(name, kind, out_features, in_features, scale)
+
+
+def _int4_block(b: GraphBuilder, name: str, out_features: int, in_features: int) -> int:
+    groups = b.weights.shape(f"{name}.weight_scale")[1]
+    if in_features % groups:
+        raise ExportError(f"{name}: {groups} scale groups do not divide in_features {in_features}")
+    if groups < b.target.int4_blocks:
+        raise ExportError(
+            f"{name}: {groups} INT4 block along in_features {in_features}, "
+            f"target {b.target.name} needs at least {b.target.int4_blocks} (rule W-05). "
+            "Use w4a16-g64 or keep this layer in float."
+        )
+    if out_features % 2:
+        raise ExportError(
+            f"{name}: out_features {out_features} is odd, INT4 stores pairs (rule W-01). "
+            "Keep this layer in float."
+        )
+    return in_features // groups
+
+
+def _static_scale(b: GraphBuilder, name: str) -> float:
+    key = f"{name}.input_scale"
+    if key not in b.weights:
+        raise ExportError(f"{name}: static activations without {key}. Quantize again.")
+    zero = f"{name}.input_zero_point"
+    if zero in b.weights and np.any(b.weights.checkpoint.tensor(zero)):
+        raise ExportError(
+            f"{name}: non-zero input zero point; TensorRT takes symmetric INT8 only (rule Q-01)"
+        )
+    values = b.weights.checkpoint.float_tensor(key)
+    stored = float(values.reshape(-1)[0].astype(b.weights.dtype)) if values.size == 1 else math.nan
+    tiny = float(np.finfo(b.weights.dtype).tiny)
+    if not tiny <= stored < math.inf:
+        raise ExportError(
+            f"{name}: input scale {values.reshape(-1)[:3].tolist()}, "
+            f"expected one normal positive {b.weights.dtype} number. "
+            "Calibrate again, or use format w8a8."
+        )
+    return stored
+
+
+def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value]:
+    """Linears that read the same ``x`` [1, S, K], each to [1, S, N]; INT8 ones of one kind become
+    one GEMM.
+    """
+    groups: dict[tuple[str, float | None] | str, list[LinearPlan]] = {}
+    for name in names:
+        one = plan(b, name)
+        groups.setdefault(one.merge_key or name, []).append(one)
+    outputs: dict[str, ir.Value] = {}
+    for group in groups.values():
+        with b.scope("+".join(p.name.rsplit(".", 1)[-1] for p in group)):
+            if group[0].kind in ("token", "static"):
+                parts = _int8(b, x, group)
+            else:
+                parts = [_bias(b, _matmul(b, x, group[0]), group)]
+        outputs.update(zip((p.name for p in group), parts, strict=True))
+    return [outputs[name] for name in names]
+
+
+def linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """One linear, [1, S, K] to [1, S, N]."""
+    return linears(b, x, [name])[0]
+
+
+def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """The projection behind attention: x [1, S, heads, D] to [1, S, N].
+
+    INT4 on TensorRT runs in 2-D with the Reshape back in front of the residual Add: in 3-D the
+    compiler expands the whole weight to float16 at every run.
+    """
+    one = plan(b, name)
+    if one.kind == "int4" and b.target.int4_attention_output_2d:
+        with b.scope(name.rsplit(".", 1)[-1]):
+            flat = b.op("Reshape", x, b.i64(-1, one.in_features))
+            product = _bias(b, _matmul(b, flat, one), [one])
+            return b.op("Reshape", product, b.i64(1, -1, one.out_features))
+    return linear(b, b.op("Reshape", x, b.i64(0, 0, one.in_features)), name)
+
+
+def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
+    """Float or INT4 product."""
+    if one.kind == "int4":
+        product = b.op("MatMul", x, _int4_weight(b, one))
+        _mark(product, [one])
+        return product
+    shape = (one.in_features, one.out_features)
+    weight = b.weights.stored(f"{one.name}.weight", shape, np.transpose)
+    return b.op("MatMul", x, b.constant(f"{one.name}.weight", weight))
+
+
+def _mark(product: ir.Value, group: Sequence[LinearPlan]) -> None:
+    node = product.producer()
+    assert node is not None
+    node.metadata_props[LINEARS_KEY] = ",".join(p.name for p in group)
+
+
+def _bias(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> ir.Value:
+    """Add the group's biases, zeros for a linear without one."""
+    present = [p for p in group if f"{p.name}.bias" in b.weights]
+    if not present:
+        return x
+    for p in present:
+        b.weights.expect(f"{p.name}.bias", (p.out_features,))
+    checkpoint = b.weights.checkpoint
+
+    def make() -> Array:
+        zeros = [np.zeros(p.out_features, np.float32) for p in group]
+        for i, p in enumerate(group):
+            if p in present:
+                zeros[i] = checkpoint.float_tensor(f"{p.name}.bias")
+        return np.concatenate(zeros)
+
+    name = _joint(group, "bias")
+    width = sum(p.out_features for p in group)
+    return b.op("Add", x, b.constant(name, b.weights.lazy(name, (width,), make)))
+
+
+def _joint(group: Sequence[LinearPlan], suffix: str) -> str:
+    """``prefix.q_proj+k_proj.suffix``."""
+    prefix, _, first = group[0].name.rpartition(".")
+    rest = [p.name.rsplit(".", 1)[-1] for p in group[1:]]
+    return f"{prefix}.{'+'.join([first, *rest])}.{suffix}" if prefix else f"{first}.{suffix}"
+
+
+def _load(checkpoint: Checkpoint, name: str) -> QuantizedLinear:
+    found = checkpoint.linear(name)
+    assert found is not None, name
+    return found
+
+
+def _scales(checkpoint: Checkpoint, name: str) -> Array:
+    """Weight scales [out, groups] float32, checked."""
+    scale = checkpoint.float_tensor(f"{name}.weight_scale")
+    if not (np.isfinite(scale).all() and (scale > 0).all()):
+        raise ExportError(
+            f"{name}.weight_scale: not positive and finite everywhere (rule Q-04). Quantize again."
+        )
+    return scale
+
+
+def _int4_weight(b: GraphBuilder, one: LinearPlan) -> ir.Value:
+    checkpoint, name, block = b.weights.checkpoint, one.name, one.block
+    assert block is not None
+    shape = (one.in_features, one.out_features)
+    scales = (one.in_features // block, one.out_features)
+    weight = lazy_int4(shape, lambda: np.ascontiguousarray(_load(checkpoint, name).integers.T))
+    scale = b.weights.lazy(f"{name}.weight_scale", scales, lambda: _scales(checkpoint, name).T)
+    return b.op(
+        "DequantizeLinear",
+        b.constant(f"{name}.weight", weight),
+        b.constant(f"{name}.weight_scale", scale),
+        axis=0,
+        block_size=block,
+    )
+
+
+def weight_split(scales: Array, in_features: int, input_scale: float | None) -> float:
+    """s0: the largest power of two not above the largest weight scale for which no GEMM result
+    leaves float16.
+
+    The result is at most K * |d| * 127 * s0 with |d| <= 1 (token) or 128 * input_scale (static);
+    the bound asks for K * |d| * 128 * s0 <= ``GEMM_LIMIT``. Never below 2^-14, float16's smallest
+    normal number.
+    """
+    largest_input = 1.0 if input_scale is None else 128.0 * input_scale
+    bound = GEMM_LIMIT / (in_features * 128.0 * largest_input)
+    exponent = math.floor(math.log2(min(float(scales.max()), bound)))
+    return float(2.0 ** max(exponent, -14))
+
+
+def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
+    """One integer GEMM for the group, then Split."""
+    first = group[0]
+    if first.kind == "token":
+        largest = b.op("ReduceMax", b.op("Abs", x), b.i64(-1), keepdims=1)
+        m = b.op("Max", largest, b.scalar(TOKEN_FLOOR))
+        data = _round_trip(b, b.op("Div", x, m), 1.0 / 127.0)
+    else:
+        assert first.input_scale is not None
+        m = None
+        data = _round_trip(b, x, first.input_scale)
+    product = _int8_product(b, data, group)
+    if m is not None:
+        product = b.op("Mul", product, m)
+    product = _bias(b, product, group)
+    if len(group) == 1:
+        return [product]
+    sizes = b.i64(*(p.out_features for p in group))
+    return list(b.op_many("Split", [product, sizes], len(group), axis=-1))
+
+
+def _round_trip(b: GraphBuilder, x: ir.Value, scale: float) -> ir.Value:
+    """DequantizeLinear(QuantizeLinear(x)), INT8, per tensor."""
+    constants = (b.scalar(scale), b.scalar(0, ir.DataType.INT8))
+    return b.op("DequantizeLinear", b.op("QuantizeLinear", x, *constants), *constants)
+
+
+def _int8_product(b: GraphBuilder, data: ir.Value, group: Sequence[LinearPlan]) -> ir.Value:
+    """MatMul(data, DQ(W, s0)) * c[n]."""
+    checkpoint = b.weights.checkpoint
+    sizes = [p.out_features for p in group]
+    width, depth = sum(sizes), group[0].in_features
+
+    def scales() -> Array:
+        rows = [np.broadcast_to(_scales(checkpoint, p.name)[:, 0], p.out_features) for p in group]
+        return np.concatenate(rows)
+
+    def integers() -> Array:
+        stacked = np.empty((depth, width), np.int8)
+        for p, end in zip(group, np.cumsum(sizes), strict=True):
+            stacked[:, end - p.out_features : end] = _load(checkpoint, p.name).integers.T
+        return stacked
+
+    s0 = weight_split(scales(), depth, group[0].input_scale)
+    channel = b.weights.lazy(
+        _joint(group, "weight_channel"), (width,), lambda: scales() / np.float32(s0)
+    )
+    weight = b.constant(_joint(group, "weight"), lazy_int8((depth, width), integers))
+    dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), b.scalar(0, ir.DataType.INT8))
+    product = b.op("MatMul", data, dequantized)
+    _mark(product, group)
+    return b.op("Mul", product, b.constant(_joint(group, "weight_channel"), channel))

@@ -1,0 +1,211 @@
+"""What the layers of a model see on calibration samples: inputs of a component's first layer, inputs of its linears.
+
+Samples run one at a time, so nothing is padded. A ``Stream`` then runs a component layer by layer without the model
+around it, which is how a method sees a block of layers. Nothing here quantizes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvlm.models.adapter import Adapter
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt with its images and (teacher-forced) answer, as the model takes it.
+
+    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 [N, 3, H, W] or
+    None without images; image_mask bool [S], True on image tokens; answer_mask bool [S], True on tokens of the answer
+    (the logits at t-1 predict the token at t); others: further keyword arguments of the model's forward.
+    """
+
+    input_ids: Tensor
+    pixel_values: Tensor | None
+    image_mask: Tensor
+    answer_mask: Tensor
+    others: Mapping[str, Any] = field(default_factory=dict)
+
+    def model_inputs(self) -> dict[str, Any]:
+        """Keyword arguments of the model's forward (without a cache)."""
+        inputs: dict[str, Any] = {"input_ids": self.input_ids, **self.others, "use_cache": False}
+        if self.pixel_values is not None:
+            inputs["pixel_values"] = self.pixel_values
+        return inputs
+
+
+def build_sample(
+    processor: Any, images: Sequence[Any], prompt: str, answer: str, image_token_id: int
+) -> Sample:
+    """A sample from PIL images, a prompt and an answer ("" for none) through the processor's chat template.
+
+    The answer's tokens are those after the longest common prefix with the prompt that asks for a generation.
+    """
+    asked = _tokenize(processor, images, _messages(images, prompt, None), True)
+    ids = asked["input_ids"]
+    prefix = ids.shape[1]
+    if answer:
+        full = _tokenize(processor, images, _messages(images, prompt, answer), False)
+        length = min(prefix, full["input_ids"].shape[1])
+        differs = (full["input_ids"][0, :length] != ids[0, :length]).nonzero()
+        prefix = int(differs[0]) if len(differs) else length
+        asked, ids = full, full["input_ids"]
+    answer_mask = torch.arange(ids.shape[1]) >= prefix
+    known = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
+    return Sample(
+        ids,
+        asked["pixel_values"].float() if len(images) else None,
+        ids[0] == image_token_id,
+        answer_mask,
+        {key: value for key, value in asked.items() if key not in known},
+    )
+
+
+def _messages(images: Sequence[Any], prompt: str, answer: str | None) -> list[dict[str, Any]]:
+    content = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    if answer is not None:
+        messages.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
+    return messages
+
+
+def _tokenize(processor: Any, images: Sequence[Any], messages: Any, generation: bool) -> Any:
+    text = processor.apply_chat_template(messages, add_generation_prompt=generation, tokenize=False)
+    bos = processor.tokenizer.bos_token
+    # A template that writes the begin token itself must not get a second one from the tokenizer.
+    special = not (bos and text.startswith(bos))
+    return processor(
+        images=list(images) or None, text=text, add_special_tokens=special, return_tensors="pt"
+    )
+
+
+@dataclass
+class Stream:
+    """One component's layers and what enters them.
+
+    names and layers: full module name and module of each layer. For each sample i that reaches the component:
+    samples[i] is its index in the calibration list, inputs[i] the hidden state entering layer 0 ([1, S, hidden] for
+    text, [N, tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden state, image_masks[i]
+    bool of inputs[i].shape[:-1] (all True in vision and projector).
+    """
+
+    component: str
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+    samples: tuple[int, ...]
+    inputs: list[Tensor]
+    arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
+    image_masks: list[Tensor]
+
+    def forward(self, index: int, hidden: Tensor, sample: int) -> Tensor:
+        """Layer ``index`` on a hidden state of sample ``sample`` (its position in this stream)."""
+        args, kwargs = self.arguments[sample][index]
+        output = self.layers[index](hidden, *args, **kwargs)
+        result: Tensor = output[0] if isinstance(output, tuple) else output
+        return result
+
+    def run(self, start: int, stop: int, hidden: Tensor, sample: int) -> Tensor:
+        """Layers start .. stop-1 in order."""
+        for index in range(start, stop):
+            hidden = self.forward(index, hidden, sample)
+        return hidden
+
+
+class _Stop(Exception):
+    """Ends a forward once everything wanted was seen."""
+
+
+def capture_stream(
+    model: nn.Module, adapter: Adapter, component: str, samples: Sequence[Sample]
+) -> Stream:
+    """Run each sample up to the component's last layer and keep what enters its layers. Shapes as in ``Stream``."""
+    names = adapter.layer_names(model, component)
+    layers = tuple(model.get_submodule(name) for name in names)
+    stream = Stream(component, names, layers, (), [], [], [])
+    for number, sample in enumerate(samples):
+        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        first: list[Tensor] = []
+
+        def record(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = seen,
+            first: list[Tensor] = first,
+        ) -> None:
+            hidden, rest, keywords = _split(args, kwargs)
+            if not first:
+                first.append(hidden.detach().clone())
+            seen.append((rest, keywords))
+            if len(seen) == len(layers):
+                raise _Stop
+
+        _run_hooked(model, sample, dict.fromkeys(layers, record))
+        if first:
+            stream.samples = (*stream.samples, number)
+            stream.inputs.append(first[0])
+            stream.arguments.append(seen)
+            stream.image_masks.append(_image_mask(component, sample, first[0]))
+    return stream
+
+
+def capture_inputs(model: nn.Module, layer: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:
+    """The hidden state entering one layer, for each sample that reaches it; the forward stops there."""
+    found: list[Tensor] = []
+
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(_split(args, kwargs)[0].detach().clone())
+        raise _Stop
+
+    for sample in samples:
+        _run_hooked(model, sample, {layer: record})
+    return found
+
+
+def _split(
+    args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[Tensor, tuple[Any, ...], dict[str, Any]]:
+    """The hidden state, the other positional arguments, the keywords."""
+    if args:
+        return args[0], args[1:], dict(kwargs)
+    keywords = dict(kwargs)
+    return keywords.pop("hidden_states"), (), keywords
+
+
+def _image_mask(component: str, sample: Sample, hidden: Tensor) -> Tensor:
+    if component in ("text", "head"):
+        return sample.image_mask.expand(hidden.shape[:-1])
+    return torch.ones(hidden.shape[:-1], dtype=torch.bool)
+
+
+def _run_hooked(model: nn.Module, sample: Sample, hooks: Mapping[nn.Module, Any]) -> None:
+    with ExitStack() as stack, torch.no_grad():
+        for module, hook in hooks.items():
+            handle = module.register_forward_pre_hook(hook, with_kwargs=True)
+            stack.callback(handle.remove)
+        try:
+            model(**sample.model_inputs())
+        except _Stop:
+            return
+
+
+def linear_inputs(
+    stream: Stream, index: int, linears: Mapping[str, nn.Module], hidden: Tensor, sample: int
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Inputs [..., in] of the given linears (by name) while layer ``index`` runs, and the layer's output."""
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, linear in linears.items():
+
+            def record(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                seen[name] = args[0].detach()
+
+            stack.callback(linear.register_forward_pre_hook(record).remove)
+        output = stream.forward(index, hidden, sample)
+    return seen, output

@@ -1,0 +1,10 @@
+"""ADAPTERS: model_type -> architecture facts. A new family is one file beside this one and one line here."""
+
+from __future__ import annotations
+
+from qvlm.models import llava
+from qvlm.models.adapter import Adapter
+
+__all__ = ["ADAPTERS", "Adapter"]
+
+ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in (llava.ADAPTER,)}

@@ -1,0 +1,77 @@
+"""Where a model keeps its parts: one frozen value per architecture, and the few functions that read it.
+
+Generic code asks the adapter and holds no fact about any family. A new architecture is one file with one ``Adapter``
+and one line in ``qvlm/models/__init__.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from qvlm.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """Architecture facts. Paths are module names in the tree that transformers builds.
+
+    vision_layers and text_layers name the ModuleLists of repeated layers; projector and head name single modules,
+    each treated as a component of one layer. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
+    many vision layers (from the first) reach the language model; later ones are dead, not quantized and not exported.
+    ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized.
+    """
+
+    model_type: str
+    vision_layers: str
+    projector: str
+    text_layers: str
+    head: str
+    image_token_id: Callable[[Any], int]
+    image_tokens: Callable[[Any], int]
+    live_vision_layers: Callable[[Any], int]
+    keep_float: Mapping[str, str] = field(default_factory=dict)
+
+    def layer_names(self, model: nn.Module, component: str) -> tuple[str, ...]:
+        """Full names of a component's layers in the order they run; CheckpointError if the module tree differs."""
+        paths = {"vision": self.vision_layers, "text": self.text_layers}
+        path = {**paths, "projector": self.projector, "head": self.head}[component]
+        try:
+            module = model.get_submodule(path)
+        except AttributeError as error:
+            # Module trees moved between releases of transformers (CLIP's in 5.6).
+            raise CheckpointError(
+                f"{self.model_type}: this transformers builds no module {path}. Install the release in constraints.txt."
+            ) from error
+        if component not in paths:
+            return (path,)
+        count = len(list(module.children()))
+        if component == "vision":
+            count = min(count, self.live_vision_layers(model.config))
+        return tuple(f"{path}.{i}" for i in range(count))
+
+    def linears(self, model: nn.Module, component: str) -> dict[str, nn.Linear]:
+        """Full name -> Linear of every linear that a recipe may quantize, in module order."""
+        from fnmatch import fnmatchcase
+
+        found: dict[str, nn.Linear] = {}
+        for layer in self.layer_names(model, component):
+            found.update(linears_below(model, layer))
+        return {
+            name: linear
+            for name, linear in found.items()
+            if not any(fnmatchcase(name, pattern) for pattern in self.keep_float)
+        }
+
+
+def linears_below(model: nn.Module, layer: str) -> dict[str, nn.Linear]:
+    """Full name -> Linear for each nn.Linear in (or being) the module ``layer``."""
+    root = model.get_submodule(layer)
+    return {
+        f"{layer}.{name}" if name else layer: module
+        for name, module in root.named_modules()
+        if isinstance(module, nn.Linear)
+    }

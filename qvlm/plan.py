@@ -1,0 +1,168 @@
+"""What a recipe would do to a model: formats per linear, bytes per component, peak memory. Loads no weights.
+
+Names and shapes come from the module tree on the meta device, so a recipe that cannot be applied (a group size that
+does not divide, an unknown method or option) is refused before anything long begins.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from torch import nn
+
+from qvlm.errors import RecipeError
+from qvlm.methods import METHODS
+from qvlm.models.adapter import Adapter
+from qvlm.recipe import COMPONENTS, Format, Recipe
+from qvlm.source import Source, skeleton
+
+Formats = dict[str, dict[str, Format]]
+
+_OPTIONS_NOTE = 'Options belong under "options" in the recipe.'
+
+
+@dataclass(frozen=True)
+class ComponentPlan:
+    """One component: how many linears become what; parameters of all its linears; bytes as deployed (float: 16 bit)."""
+
+    component: str
+    layers: int
+    linears: int
+    formats: dict[str, int]
+    parameters: int
+    nbytes: int
+    float16_bytes: int
+
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over the component's linears, scales included."""
+        return 8 * self.nbytes / self.parameters
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole quantization; ``other_bytes``: embeddings, norms, biases, convolutions at 16 bit."""
+
+    source: str
+    model_type: str
+    method: str
+    samples: int
+    components: tuple[ComponentPlan, ...]
+    other_bytes: int
+    peak_bytes: int
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON object with ``bits_per_weight`` in every component."""
+        data = asdict(self)
+        for row, component in zip(data["components"], self.components, strict=True):
+            row["bits_per_weight"] = round(component.bits_per_weight, 4)
+        return data
+
+
+def check_method(recipe: Recipe) -> None:
+    """RecipeError for an unknown method or an option it does not have."""
+    if recipe.method not in METHODS:
+        raise RecipeError(f"method {recipe.method!r} is unknown. Known: {', '.join(METHODS)}.")
+    known = METHODS[recipe.method].options
+    if unknown := sorted(set(recipe.options) - set(known)):
+        names = ", ".join(sorted(known)) or "none"
+        raise RecipeError(
+            f"method {recipe.method!r}: unknown option {unknown[0]!r}. Known: {names}. {_OPTIONS_NOTE}"
+        )
+
+
+def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
+    """component -> full linear name -> format, quantized linears only; RecipeError if one cannot take its format."""
+    check_method(recipe)
+    formats: Formats = {}
+    for component in COMPONENTS:
+        chosen = {}
+        for name, linear in adapter.linears(model, component).items():
+            format_ = recipe.format_of(component, name)
+            if format_.weights is not None:
+                format_.weights.groups(linear.in_features, name)
+                chosen[name] = format_
+        if chosen:
+            formats[component] = chosen
+    _check_tied_head(model, adapter, formats)
+    return formats
+
+
+def _check_tied_head(model: nn.Module, adapter: Adapter, formats: Formats) -> None:
+    if "head" in formats and getattr(model.config, "tie_word_embeddings", False):
+        raise RecipeError(
+            f"{adapter.head}: shares its weight with the embedding, which stays float. Keep the head in float."
+        )
+
+
+def linear_bytes(out_features: int, in_features: int, format_: Format | None) -> int:
+    """Bytes of one linear's weight as deployed: packed integers, float16 scales, int8 zero points; float at 16 bit."""
+    scheme = None if format_ is None else format_.weights
+    if scheme is None:
+        return 2 * out_features * in_features
+    rows = 1 if scheme.granularity == "tensor" else out_features
+    scales = rows * scheme.groups(in_features, "plan")
+    integers = -(-out_features * in_features * scheme.bits // 8)
+    return integers + 2 * scales + (0 if scheme.symmetric else scales)
+
+
+def plan(source: Source, recipe: Recipe) -> Plan:
+    """The plan of quantizing ``source`` by ``recipe``; RecipeError or CheckpointError as the real run would raise."""
+    model = skeleton(source.directory)
+    adapter = source.adapter
+    formats = resolve(model, adapter, recipe)
+    rows, counted = [], 0
+    for component in COMPONENTS:
+        linears = adapter.linears(model, component)
+        sizes = {
+            name: linear_bytes(
+                linear.out_features, linear.in_features, formats.get(component, {}).get(name)
+            )
+            for name, linear in linears.items()
+        }
+        kinds = Counter(
+            formats[component][name].name if name in formats.get(component, {}) else "float"
+            for name in linears
+        )
+        parameters = sum(linear.weight.numel() for linear in linears.values())
+        counted += parameters
+        layers = len(adapter.layer_names(model, component))
+        rows.append(
+            ComponentPlan(
+                component,
+                layers,
+                len(linears),
+                dict(kinds),
+                parameters,
+                sum(sizes.values()),
+                2 * parameters,
+            )
+        )
+    total = sum(parameter.numel() for parameter in model.parameters())
+    return Plan(
+        source.name,
+        source.adapter.model_type,
+        recipe.method,
+        recipe.samples,
+        tuple(rows),
+        2 * (total - counted),
+        _peak_bytes(model, adapter, recipe, formats, total),
+    )
+
+
+def _peak_bytes(
+    model: nn.Module, adapter: Adapter, recipe: Recipe, formats: Formats, parameters: int
+) -> int:
+    """The float32 model, plus the float and quantized hidden states entering and leaving a block for every sample.
+
+    A sample is taken as its image tokens and as many again of text; widths are each component's.
+    """
+    tokens = 2 * adapter.image_tokens(model.config)
+    streams = 0
+    for linears in formats.values():
+        width = max(int(model.get_parameter(f"{name}.weight").shape[1]) for name in linears)
+        # The float stream of every component is kept from the start, the block at work holds three more.
+        streams += 4 * 4 * recipe.samples * tokens * width
+    return 4 * parameters + streams

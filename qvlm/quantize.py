@@ -1,0 +1,339 @@
+"""The driver: source, recipe, samples -> quantized checkpoint. The only file that knows the order of the work.
+
+1. Check source and recipe (``plan.resolve``), load the model, build the samples.
+2. Float goldens, and the float hidden states that enter each component, while the model is still float.
+3. The method prepares, then for vision, projector, text, head: it cuts the layers into blocks and turns each block
+   into integers, given the float stream and the quantized stream that enter it. The block is replaced by its
+   simulation; both streams go on to the next. Each finished block is saved.
+4. Goldens of the quantized model; checkpoint; rename.
+
+Everything is deterministic in (source, recipe, samples): the same run gives the same bytes, and so does an
+interrupted one that is resumed. A full disk or an interrupt leaves OUT.partial and nothing under OUT.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from qvlm import fakequant
+from qvlm.capture import Sample, Stream, build_sample, capture_inputs, capture_stream
+from qvlm.checkpoint import Array, CheckpointWriter, Golden, QuantizedLinear, write_goldens
+from qvlm.data import Question, calibration
+from qvlm.errors import CalibrationError, RecipeError
+from qvlm.generate import golden_side, golden_steps, with_own_answer
+from qvlm.methods import METHODS, Block, Context, State
+from qvlm.models.adapter import Adapter
+from qvlm.plan import Formats, Plan, plan, resolve
+from qvlm.progress import Progress, silent
+from qvlm.recipe import COMPONENTS, Recipe
+from qvlm.source import Loaded, Source, load, open_source, skeleton
+from qvlm.workdir import WorkDirectory, digest
+
+__all__ = ["Plan", "build_samples", "plan", "quantize"]
+
+# Files of the tokenizer and processor that travel with a model.
+_COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "chat_template.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+# Longest greedy answer for a calibration picture without one.
+_OWN_ANSWER_TOKENS = 64
+
+
+def quantize(
+    source: str | Source,
+    output: Path,
+    recipe: Recipe,
+    calib: str | None = None,
+    *,
+    questions: Sequence[Question] | None = None,
+    resume: bool = False,
+    goldens: int = 16,
+    progress: Progress = silent,
+) -> Path:
+    """Write the quantized checkpoint ``output``, which must not exist, and return it.
+
+    ``calib`` is a folder (see ``data``) or None for the shipped set; ``questions`` replaces it. ``resume`` continues
+    what an interrupted run with the same arguments left in OUT.partial. Raises RecipeError, CheckpointError,
+    UnsupportedModelError or CalibrationError before any work is written where the input is at fault.
+    """
+    work = WorkDirectory(output, resume)
+    source = open_source(source) if isinstance(source, str) else source
+    formats = resolve(skeleton(source.directory), source.adapter, recipe)
+    chosen = questions if questions is not None else calibration(calib, recipe.samples, recipe.seed)
+    loaded = load(source, progress)
+    run = _Run(source, loaded, recipe, formats, progress)
+    prompts = run.golden_prompts(chosen, goldens)
+    samples = build_samples(loaded, source.adapter, chosen, progress)
+    work.begin(_identity(source, recipe, samples, len(prompts)))
+    float_sides = run.float_goldens(prompts)
+    report = run.quantize_components(samples, work)
+    directory = work.checkpoint()
+    run.write(directory, report)
+    write_goldens(directory / "goldens.npz", run.quant_goldens(prompts, float_sides))
+    return work.finish()
+
+
+def build_samples(
+    loaded: Loaded, adapter: Adapter, questions: Sequence[Question], progress: Progress = silent
+) -> list[Sample]:
+    """Questions as teacher-forced samples; one without answer gets the model's own."""
+    samples = []
+    image_token = adapter.image_token_id(loaded.model.config)
+    for number, question in enumerate(questions):
+        progress("read samples", number, len(questions))
+        sample = build_sample(
+            loaded.processor,
+            question.open_images(),
+            question.prompt,
+            question.answer or "",
+            image_token,
+        )
+        if question.answer is None:
+            sample = with_own_answer(loaded.model, sample, _OWN_ANSWER_TOKENS)
+        samples.append(sample)
+    progress("read samples", len(questions), len(questions))
+    return samples
+
+
+def _identity(source: Source, recipe: Recipe, samples: Sequence[Sample], goldens: int) -> str:
+    """Digest of all that decides the result."""
+    from qvlm import __version__
+
+    files = [
+        [shard, (source.directory / shard).stat().st_size, _header_digest(source.directory / shard)]
+        for shard in source.shards
+    ]
+    parts: list[Any] = [__version__, source.config, files, recipe.to_json(), goldens]
+    for sample in samples:
+        parts += [sample.input_ids.numpy(), sample.answer_mask.numpy()]
+        if sample.pixel_values is not None:
+            parts.append(sample.pixel_values.numpy())
+    return digest(*parts)
+
+
+def _header_digest(path: Path) -> str:
+    """Digest of the first MiB and the last: enough to tell two checkpoints of the same shapes apart."""
+    with path.open("rb") as file:
+        head = file.read(1 << 20)
+        file.seek(max(0, path.stat().st_size - (1 << 20)))
+        return digest(np.frombuffer(head, np.uint8), np.frombuffer(file.read(), np.uint8))
+
+
+class _Run:
+    """One quantization in memory: the model that turns from float to quantized block by block."""
+
+    def __init__(
+        self,
+        source: Source,
+        loaded: Loaded,
+        recipe: Recipe,
+        formats: Formats,
+        progress: Progress,
+    ) -> None:
+        self.source, self.adapter = source, source.adapter
+        self.model, self.processor = loaded.model, loaded.processor
+        self.recipe, self.formats, self.progress = recipe, formats, progress
+        self.method = METHODS[recipe.method]
+        self.linears: dict[str, tuple[str, QuantizedLinear]] = {}
+
+    # -- goldens
+
+    def golden_prompts(self, questions: Sequence[Question], count: int) -> list[Sample]:
+        """The first ``count`` questions with an image, without their answers."""
+        chosen = [question for question in questions if question.images][:count]
+        if not chosen:
+            raise CalibrationError("no calibration sample has an image. Give some that have.")
+        image_token = self.adapter.image_token_id(self.model.config)
+        return [
+            build_sample(self.processor, q.open_images(), q.prompt, "", image_token) for q in chosen
+        ]
+
+    def float_goldens(
+        self, prompts: Sequence[Sample]
+    ) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+        """Inputs and float outputs of every golden, on the float model's greedy tokens."""
+        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
+        steps = golden_steps(prompts, config.vocab_size, config.max_position_embeddings)
+        sides = []
+        for number, prompt in enumerate(prompts):
+            self.progress("float goldens", number, len(prompts))
+            sides.append(golden_side(self.model, self.adapter, prompt, steps))
+        self.progress("float goldens", len(prompts), len(prompts))
+        return sides
+
+    def quant_goldens(
+        self,
+        prompts: Sequence[Sample],
+        float_sides: Sequence[tuple[dict[str, Array], dict[str, Array]]],
+    ) -> list[Golden]:
+        """The quantized model teacher-forced on the float model's tokens."""
+        if not self.linears:  # a float recipe: both sides are the same model
+            return [Golden(inputs, {"float": o, "quant": o}) for inputs, o in float_sides]
+        goldens = []
+        for number, (prompt, (inputs, outputs)) in enumerate(
+            zip(prompts, float_sides, strict=True)
+        ):
+            self.progress("quantized goldens", number, len(prompts))
+            forced = torch.from_numpy(inputs["tokens"])[None]
+            _, quant = golden_side(self.model, self.adapter, prompt, forced.shape[1], forced)
+            goldens.append(Golden(inputs, {"float": outputs, "quant": quant}))
+        self.progress("quantized goldens", len(prompts), len(prompts))
+        return goldens
+
+    # -- blocks
+
+    def quantize_components(self, samples: list[Sample], work: WorkDirectory) -> dict[str, Any]:
+        """Turn every component's linears into integers; the model ends up as its own simulation."""
+        streams: dict[str, Stream] = {}
+        for number, component in enumerate(self.formats):
+            self.progress("float streams", number, len(self.formats))
+            streams[component] = capture_stream(self.model, self.adapter, component, samples)
+        self.progress("float streams", len(self.formats), len(self.formats))
+        state: State | None = work.load_arrays("prepared")
+        if state is None:
+            context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
+            state = self.method.prepare(context)
+            work.save_arrays("prepared", state)
+        report: dict[str, Any] = {"name": self.recipe.method, "components": {}}
+        for component in COMPONENTS:
+            if component in streams:
+                rows = self._component(streams.pop(component), samples, state, work)
+                report["components"][component] = rows
+        return report
+
+    def _component(
+        self, stream: Stream, samples: Sequence[Sample], state: State, work: WorkDirectory
+    ) -> list[dict[str, Any]]:
+        component = stream.component
+        blocks = work.load_partition(component)
+        if blocks is None:
+            blocks = self.method.partition(stream, self.recipe, state)
+            _check_partition(blocks, len(stream.layers), self.recipe.method)
+            work.save_partition(component, blocks)
+        # Only samples with images reach vision; text samples are all of them.
+        quant = capture_inputs(self.model, stream.layers[0], [samples[i] for i in stream.samples])
+        floats = stream.inputs
+        rows = []
+        for start, stop in blocks:
+            self.progress(component, start, len(stream.layers))
+            block = self._block(stream, start, stop, floats, quant)
+            linears, report = self._quantize_block(block, state, work)
+            last = stop == len(stream.layers)
+            floats = [] if last else _propagate(block, floats)
+            fakequant.apply(self.model, linears)
+            quant = [] if last else _propagate(block, quant)
+            self.linears.update({name: (component, linear) for name, linear in linears.items()})
+            rows.append({"layers": [start, stop], **report})
+        self.progress(component, len(stream.layers), len(stream.layers))
+        return rows
+
+    def _block(
+        self, stream: Stream, start: int, stop: int, floats: list[Tensor], quant: list[Tensor]
+    ) -> Block:
+        formats = self.formats[stream.component]
+        prefixes = stream.names[start:stop]
+        names = [n for n in formats if any(n == p or n.startswith(p + ".") for p in prefixes)]
+        linears: dict[str, nn.Linear] = {}
+        for name in names:
+            linear = self.model.get_submodule(name)
+            assert isinstance(linear, nn.Linear)
+            linears[name] = linear
+        return Block(stream, start, stop, linears, {n: formats[n] for n in names}, floats, quant)
+
+    def _quantize_block(
+        self, block: Block, state: State, work: WorkDirectory
+    ) -> tuple[dict[str, QuantizedLinear], dict[str, Any]]:
+        key = (block.component, block.start, block.stop)
+        done = work.load_block(*key, block.formats)
+        if done is not None or not block.linears:
+            return done if done is not None else ({}, {})
+        result = self.method.quantize_block(block, self.recipe, state)
+        if result.linears.keys() != block.linears.keys():
+            raise RuntimeError(f"method {self.recipe.method!r} left linears of {key} out")
+        work.save_block(*key, result.linears, result.report)
+        return result.linears, result.report
+
+    # -- result
+
+    def write(self, directory: Path, report: dict[str, Any]) -> None:
+        """The checkpoint's tensors, JSON files and companions."""
+        writer = CheckpointWriter(directory)
+        for component, linear_name, linear in (
+            (component, name, linear) for name, (component, linear) in self.linears.items()
+        ):
+            writer.add_linear(component, linear_name, linear)
+        dtype = _stored_dtype(self.source.config)
+        for name, tensor in self._float_tensors():
+            writer.add(name, to_numpy(tensor, dtype))
+        floats = {
+            name: component
+            for component in COMPONENTS
+            for name in self.adapter.linears(self.model, component)
+            if name not in self.linears
+        }
+        writer.close(self.source.config, self.recipe, report, floats)
+        for companion in _COMPANIONS:
+            if (self.source.directory / companion).is_file():
+                shutil.copyfile(self.source.directory / companion, directory / companion)
+        template = directory / "chat_template.jinja"
+        if self.processor.chat_template and not template.exists():
+            template.write_text(self.processor.chat_template, encoding="utf-8")
+
+    def _float_tensors(self) -> list[tuple[str, Tensor]]:
+        """Everything that is no integer; a head that shares the embedding's weight is stored once."""
+        replaced = {f"{n}.{key}" for n in self.linears for key in ("weight", *fakequant.STATIC)}
+        tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
+        skipped = replaced | ({f"{self.adapter.head}.weight"} if tied else set())
+        return [(n, t) for n, t in self.model.state_dict().items() if n not in skipped]
+
+
+def _check_partition(blocks: Sequence[tuple[int, int]], layers: int, method: str) -> None:
+    edges = [0, *(stop for _, stop in blocks)]
+    starts = [start for start, _ in blocks]
+    if starts != edges[:-1] or edges[-1] != layers or sorted(set(edges)) != edges:
+        raise RecipeError(f"method {method!r}: blocks {list(blocks)} do not cover {layers} layers")
+
+
+@torch.no_grad()
+def _propagate(block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
+    return [block.run(state, sample) for sample, state in enumerate(hidden)]
+
+
+def _stored_dtype(config: dict[str, Any]) -> torch.dtype:
+    """The source's float type."""
+    name = config.get("dtype") or config.get("torch_dtype") or "float32"
+    found = getattr(torch, str(name), torch.float32)
+    return found if isinstance(found, torch.dtype) else torch.float32
+
+
+def to_numpy(tensor: Tensor, dtype: torch.dtype) -> Array:
+    """A float tensor in the source's own type where that loses nothing, float32 otherwise; others as they are."""
+    tensor = tensor.detach().cpu()
+    if not tensor.is_floating_point():
+        return np.asarray(tensor.numpy())
+    narrow = tensor.to(dtype)
+    if not torch.equal(narrow.to(tensor.dtype), tensor):
+        narrow = tensor.float()
+    if narrow.dtype == torch.bfloat16:
+        import ml_dtypes
+
+        return np.asarray(narrow.view(torch.int16).numpy().view(ml_dtypes.bfloat16))
+    return np.asarray(narrow.numpy())

@@ -1,0 +1,113 @@
+"""What the runtime asks of an inference engine: the Session protocol, and open_session.
+
+An engine owns its memory (``Buffer``), so a cache lives where the engine computes and the same
+cache code drives a CPU and a GPU. A ``Binding`` belongs to one generation; a ``Session`` is shared
+by all of them and is safe to use from several threads, each with its own binding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvlm_runtime.errors import SessionError
+
+Array = NDArray[Any]
+
+# ONNX Runtime's `session.qdq_matmulnbits_accuracy_level`. 4 quantizes the activations of an INT4
+# MatMul to int8 inside the kernel: twice the decode speed on a CPU, for a relative error of about
+# 5e-3 in that product. 1 keeps them in float32: what a replay of goldens must use, because there
+# the kernel's own rounding would hide the exporter's. No other engine reads this number.
+FAST = 4
+EXACT = 1
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One graph input or output: numpy's dtype name, and dims (an int, or None if dynamic)."""
+
+    dtype: str
+    shape: tuple[int | None, ...]
+
+
+class Buffer(Protocol):
+    """A dense allocation of one dtype in the engine's memory, zero at first."""
+
+    def read(self, start: int, shape: Sequence[int]) -> Array:
+        """Copy of the piece that begins at element ``start``."""
+
+
+class Binding(Protocol):
+    """The tensors of one stream of runs. What was bound stays bound until it is bound again."""
+
+    def host(self, name: str, array: Array) -> None:
+        """Bind an input to a contiguous host array. It is read at every run, not here."""
+
+    def fetch(self, name: str, array: Array) -> None:
+        """Bind an output to a contiguous host array, filled by every run."""
+
+    def place(self, name: str, buffer: Buffer, start: int, shape: Sequence[int]) -> None:
+        """Bind an input or output to a piece of a buffer. Several names may share one piece."""
+
+    def run(self) -> None:
+        """Run the graph once. SessionError names the graph and the reason."""
+
+
+class Session(Protocol):
+    """One opened graph or engine."""
+
+    @property
+    def inputs(self) -> Mapping[str, TensorInfo]:
+        """Graph inputs by name."""
+
+    @property
+    def outputs(self) -> Mapping[str, TensorInfo]:
+        """Graph outputs by name."""
+
+    def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
+        """Run once on host arrays and return every output. SessionError on failure."""
+
+    def buffer(self, elements: int, dtype: str) -> Buffer:
+        """Allocate ``elements`` zeros."""
+
+    def binding(self) -> Binding:
+        """A fresh binding, for one thread."""
+
+    def close(self) -> None:
+        """Release the graph; a later run raises SessionError."""
+
+
+def open_session(
+    path: Path, *, threads: int | None = None, accuracy_level: int = FAST, backend: str = "ort"
+) -> Session:
+    """Open a graph. ``threads`` None leaves the number to the engine. SessionError if it fails."""
+    if backend != "ort":
+        raise SessionError(f"{path}: no backend {backend!r}, expected 'ort'")
+    from qvlm_runtime.ort import OrtSession
+
+    return OrtSession(path, threads=threads, accuracy_level=accuracy_level)
+
+
+def missing_tensors(
+    session: Session, where: str, inputs: Sequence[str], outputs: Sequence[str]
+) -> None:
+    """SessionError naming the tensors of the folder contract that a graph lacks or adds."""
+    for kind, has, wants in (
+        ("inputs", set(session.inputs), set(inputs)),
+        ("outputs", set(session.outputs), set(outputs)),
+    ):
+        if has != wants:
+            raise SessionError(
+                f"{where}: {kind} differ from the folder contract; absent {sorted(wants - has)}, "
+                f"unknown {sorted(has - wants)}. Export again with this version of qvlm."
+            )
+
+
+def as_host(value: Any, dtype: str | np.dtype[Any]) -> Array:
+    """A C-contiguous array of that dtype, without a copy where it already is one."""
+    return np.ascontiguousarray(value, dtype=dtype)

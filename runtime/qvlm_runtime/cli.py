@@ -1,0 +1,95 @@
+"""qvlm-run: ask a model folder about images.
+
+Exit 0 answered, 1 failed (one line on stderr), 2 usage.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+from collections.abc import Sequence
+
+from qvlm_runtime.backend import EXACT, FAST
+from qvlm_runtime.errors import RuntimeFault
+from qvlm_runtime.model import Generation, load
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="qvlm-run",
+        description="Ask a folder written by qvlm-export about images.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("folder", metavar="OUT", help="folder written by qvlm-export")
+    add("prompt", metavar="PROMPT", help="the question")
+    add("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
+    add("--target", help="which target's graphs (default: ort, or the only one)")
+    add("--max-new-tokens", type=int, metavar="N", help="default: 256, or what the cache holds")
+    add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
+    add("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")
+    add("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens (default)")
+    add("--seed", type=int, help="for temperature above 0; default: fresh entropy")
+    add("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add("--threads", type=int, metavar="N", help="default: the engine's choice")
+    add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
+    add("--no-verify", action="store_true", help="do not compare the files' sha256")
+    add("--stream", action="store_true", help="print the text while it is made")
+    add("--json", action="store_true", help="one JSON object as the last line")
+    return parser
+
+
+def _answer(args: argparse.Namespace) -> Generation:
+    level = EXACT if args.exact else FAST
+    with load(
+        args.folder,
+        args.target,
+        threads=args.threads,
+        accuracy_level=level,
+        verify=not args.no_verify,
+    ) as model:
+        stream = model.stream(
+            args.prompt,
+            args.image,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            top_k=args.top_k,
+            top_p=args.top_p,
+            seed=args.seed,
+            stop=args.stop,
+        )
+        for piece in stream:
+            if args.stream:
+                print(piece, end="", flush=True)
+        if args.stream:
+            print()
+        return stream.generation
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of qvlm-run; returns the exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        generation = _answer(args)
+        if args.json:
+            print(json.dumps(dataclasses.asdict(generation), ensure_ascii=False), flush=True)
+        elif not args.stream:
+            print(generation.text, flush=True)
+    except RuntimeFault as fault:
+        print(f"qvlm-run: {fault}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("qvlm-run: interrupted", file=sys.stderr)
+        return 1
+    except BrokenPipeError:
+        # The reader has gone; what is left in stdout's buffer must not fail again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

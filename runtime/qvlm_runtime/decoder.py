@@ -1,0 +1,128 @@
+"""One decoder graph and the state of one sequence in it: tokens in, logits and cache rows out.
+
+This is the level below text: it knows no tokenizer, no sampling and no limits of a request. verify
+and the evaluation use it to replay a prompt token by token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvlm_runtime.backend import Array, Session, as_host, missing_tensors
+from qvlm_runtime.cache import cache_tensors, make_cache
+from qvlm_runtime.errors import PromptError
+from qvlm_runtime.manifest import ModelSpec, TargetSpec
+
+_TOKENS = ("input_ids", "image_index", "position_ids")
+
+
+def position_ids(start: int, count: int) -> NDArray[np.int64]:
+    """Positions of ``count`` tokens behind ``start`` cached ones, int64 [1, count]: sequential.
+
+    The only place that decides positions; a family with rotary sections (M-RoPE) replaces it.
+    """
+    return np.arange(start, start + count, dtype=np.int64)[None]
+
+
+class Decoder:
+    """An opened decoder graph. Shared by all sequences; holds nothing that changes."""
+
+    def __init__(
+        self, session: Session, model: ModelSpec, target: TargetSpec, where: str = "decoder"
+    ) -> None:
+        past, present = cache_tensors(model, target)
+        missing_tensors(session, where, [*_TOKENS, "image_features", *past], ["logits", *present])
+        self.session = session
+        self.model = model
+        self.target = target
+        self.where = where
+
+    @property
+    def max_rows(self) -> int:
+        """Cache rows a sequence can have: the model's context, or the graph's fixed C if less."""
+        fixed = self._fixed_rows
+        return self.model.max_context if fixed is None else min(fixed, self.model.max_context)
+
+    @property
+    def _fixed_rows(self) -> int | None:
+        scatter = self.target.cache == "scatter"
+        return self.session.inputs["past_key_0"].shape[2] if scatter else None
+
+    def start(self, capacity: int, features: Array | None = None) -> DecoderState:
+        """Begin a sequence with room for ``capacity`` rows.
+
+        features: F [M, hidden], the rows image_index counts; None for a prompt without images.
+        PromptError if capacity exceeds ``max_rows``.
+        """
+        if capacity > self.max_rows:
+            raise PromptError(
+                f"{self.where}: {capacity} tokens do not fit the cache, at most {self.max_rows}. "
+                "Use a shorter prompt or fewer new tokens."
+            )
+        return DecoderState(self, self._fixed_rows or capacity, features)
+
+
+class DecoderState:
+    """The state of one sequence: its cache, its binding and the buffers of a decode step."""
+
+    def __init__(self, decoder: Decoder, capacity: int, features: Array | None) -> None:
+        model, dtype = decoder.model, decoder.target.dtype
+        self._cache = make_cache(decoder.session, model, decoder.target, capacity)
+        self._binding = decoder.session.binding()
+        if features is None:
+            features = np.zeros((1, model.hidden_size), dtype)
+        self._binding.host("image_features", as_host(features, dtype))
+        self._logits = np.empty((1, 1, model.vocab_size), dtype)
+        self._binding.fetch("logits", self._logits)
+        # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
+        self._one = {name: np.full((1, 1), -1, np.int64) for name in _TOKENS}
+        self._bound_one = False
+
+    @property
+    def length(self) -> int:
+        """Tokens seen so far, the rows of the cache that are valid."""
+        return self._cache.length
+
+    def step(
+        self, token_ids: Sequence[int] | Array, image_index: Sequence[int] | Array | None = None
+    ) -> NDArray[np.float32]:
+        """Run S tokens behind those seen; return the logits of the last one, float32 [vocab].
+
+        image_index: S rows of the features, -1 for text; None means all text. PromptError if the
+        cache has no room for S more rows, SessionError if the engine fails.
+        """
+        count, cache = len(token_ids), self._cache
+        if cache.length + count > cache.capacity:
+            raise PromptError(
+                f"{cache.length} + {count} tokens do not fit the cache of {cache.capacity} rows. "
+                "Use a shorter prompt or fewer new tokens."
+            )
+        if count == 1 and image_index is None:
+            self._one["input_ids"][0, 0] = token_ids[0]
+            self._one["position_ids"][:] = position_ids(cache.length, 1)
+            if not self._bound_one:
+                self._bind_tokens(self._one)
+                self._bound_one = True
+        else:
+            index = np.full(count, -1) if image_index is None else image_index
+            ids = as_host(token_ids, "int64")[None]
+            positions = position_ids(cache.length, count)
+            values = (ids, as_host(index, "int64")[None], positions)
+            self._bind_tokens(dict(zip(_TOKENS, values, strict=True)))
+            self._bound_one = False
+        cache.bind(self._binding, count)
+        self._binding.run()
+        cache.advance(count)
+        logits: NDArray[np.float32] = self._logits[0, 0].astype(np.float32)  # a copy
+        return logits
+
+    def cache_rows(self, layer: int) -> tuple[Array, Array]:
+        """Copies of the valid keys and values, each F [1, kv_heads, length, head_dim]."""
+        return self._cache.rows(layer)
+
+    def _bind_tokens(self, arrays: dict[str, NDArray[np.int64]]) -> None:
+        for name, array in arrays.items():
+            self._binding.host(name, array)

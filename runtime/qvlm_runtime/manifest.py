@@ -1,0 +1,258 @@
+"""What a model folder holds: manifest.json as one frozen dataclass. Owned here, written by export.
+
+    out/
+      manifest.json               this file's ``Manifest``; sha256 of every other file
+      tokenizer.json  chat_template.jinja
+      ort/vision.onnx  ort/vision.onnx.data  ort/decoder.onnx  ort/decoder.onnx.data
+      rtx/...  rtx/engines/vision.sm86.plan ...
+      goldens.npz  recipe.json  report.html  report.json
+
+Contract of the two graphs (batch is always 1; F is the target's float type):
+
+    vision    pixel_values F [N, 3, H, W]  ->  image_features F [N * tokens_per_image, hidden]
+    decoder   input_ids, image_index (row of image_features or -1), position_ids: int64 [1, S];
+              image_features F [M, hidden], M >= 1 also when no token uses it
+              ->  logits F [1, 1, vocab], last position
+      cache "scatter": past_key_i, past_value_i F [1, kv_heads, C, head_dim], write_index int64 [1]
+              (slot of the first new row), kv_len int64 [1] (= write_index + S)
+              -> present_key_i, present_value_i of the same shape, to be bound to the same buffer
+      cache "append":  past_key_i, past_value_i F [1, P, kv_heads, head_dim], P >= 0
+              -> present_key_i, present_value_i F [1, S, kv_heads, head_dim]: the new rows only
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any, Literal
+
+from qvlm_runtime.errors import FolderError
+
+SCHEMA = 1
+CacheForm = Literal["scatter", "append"]
+CACHE_FORMS = ("scatter", "append")
+DTYPES = ("float32", "float16")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """The numbers generic code needs to drive the graphs.
+
+    template_tokens holds the tokenizer's special_tokens_map ("bos_token": "<s>", …): the names a
+    chat template reads.
+    """
+
+    family: str
+    hidden_size: int
+    vocab_size: int
+    layers: int
+    kv_heads: int
+    head_dim: int
+    max_context: int
+    eos_token_ids: tuple[int, ...]
+    image_token: str
+    image_token_id: int
+    tokens_per_image: int
+    template_tokens: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ImageSpec:
+    """Image processor settings: resize, crop, rescale, normalise, in this order, each optional.
+
+    resize is ("shortest_edge", n) or ("exact", h, w) or None; crop is a centre crop (h, w) or None;
+    resample is Pillow's number.
+    """
+
+    resize: tuple[Any, ...] | None
+    crop: tuple[int, int] | None
+    resample: int
+    rescale: float | None
+    mean: tuple[float, float, float] | None
+    std: tuple[float, float, float] | None
+    convert_rgb: bool = True
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """One target's graphs inside the folder.
+
+    ``dtype`` is numpy's name of F; ``graphs`` maps "vision" and "decoder" to a path, ``engines``
+    maps "sm86/decoder" to a plan.
+    """
+
+    dtype: str
+    opset: int
+    cache: CacheForm
+    graphs: Mapping[str, str]
+    engines: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class FileEntry:
+    """Size and digest of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The whole folder."""
+
+    version: str
+    model: ModelSpec
+    image: ImageSpec
+    targets: Mapping[str, TargetSpec]
+    files: Mapping[str, FileEntry]
+    recipe: Mapping[str, Any]
+    schema: int = SCHEMA
+
+    def to_json(self) -> str:
+        """JSON text with sorted keys."""
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Manifest:
+        """Parse and check.
+
+        FolderError on another schema, a missing or unknown key, a value of another type, or a path
+        that leaves the folder.
+        """
+        try:
+            data = json.loads(text)
+        except (json.JSONDecodeError, RecursionError) as error:
+            raise FolderError(f"{where}: not JSON ({error}). Copy the folder again.") from error
+        if not isinstance(data, dict) or data.get("schema") != SCHEMA:
+            found = data.get("schema") if isinstance(data, dict) else type(data).__name__
+            raise FolderError(
+                f"{where}: schema {found!r}, expected {SCHEMA}. "
+                "Export again with this version of qvlm."
+            )
+        unknown = sorted(set(data) - set(Manifest.__dataclass_fields__))
+        try:
+            if unknown:
+                raise KeyError(unknown[0])
+            manifest = _parse(data)
+            wrong = next(_wrong_values(manifest), None)
+        except (KeyError, TypeError, AttributeError, ValueError) as error:
+            raise FolderError(
+                f"{where}: a key is missing or unknown ({error}). "
+                "Export again with this version of qvlm."
+            ) from error
+        if wrong is not None:
+            raise FolderError(f"{where}: {wrong}. Export again with this version of qvlm.")
+        for path in manifest.paths():
+            _check_relative(path, where)
+        return manifest
+
+    def paths(self) -> list[str]:
+        """Every path the manifest names."""
+        named = list(self.files)
+        for target in self.targets.values():
+            named += [*target.graphs.values(), *target.engines.values()]
+        return named
+
+
+def _parse(data: dict[str, Any]) -> Manifest:
+    model = dict(data["model"])
+    model["eos_token_ids"] = tuple(model["eos_token_ids"])
+    image: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()
+    }
+    return Manifest(
+        str(data["version"]),
+        ModelSpec(**model),
+        ImageSpec(**image),
+        {name: TargetSpec(**target) for name, target in data["targets"].items()},
+        {name: FileEntry(**entry) for name, entry in data["files"].items()},
+        data["recipe"],
+    )
+
+
+def _wrong_values(manifest: Manifest) -> Iterator[str]:
+    """A hand-edited value is named here, with its key, and not by a TypeError in a later layer."""
+    model = manifest.model
+    for key, value in vars(model).items():
+        kind = ModelSpec.__annotations__[key]
+        if kind == "str" and not isinstance(value, str):
+            yield f"model.{key} is {value!r}, expected a string"
+        if kind == "int" and (type(value) is not int or value < (key != "image_token_id")):
+            yield f"model.{key} is {value!r}, expected a positive integer"
+    if not all(type(token) is int for token in model.eos_token_ids):
+        yield f"model.eos_token_ids is {model.eos_token_ids!r}, expected integers"
+    maps: dict[str, Any] = {"model.template_tokens": model.template_tokens}
+    for name, target in manifest.targets.items():
+        maps |= {f"targets.{name}.graphs": target.graphs, f"targets.{name}.engines": target.engines}
+        if target.dtype not in DTYPES:
+            yield f"targets.{name}.dtype is {target.dtype!r}, expected one of {DTYPES}"
+        if target.cache not in CACHE_FORMS:
+            yield f"targets.{name}.cache is {target.cache!r}, expected one of {CACHE_FORMS}"
+    for key, value in maps.items():
+        if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
+            yield f"{key} is {value!r}, expected a map of strings"
+
+
+def _check_relative(path: str, where: str) -> None:
+    pure = PurePosixPath(path)
+    odd = any(sign in path for sign in "\\:\0")
+    if pure.is_absolute() or ".." in pure.parts or not pure.parts or odd:
+        raise FolderError(
+            f"{where}: path {path!r} leaves the folder. "
+            "This folder was not written by qvlm-export; do not use it."
+        )
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Read manifest.json; FolderError if there is none."""
+    path = folder / "manifest.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise FolderError(
+            f"{path}: not found. Give a folder written by qvlm-export "
+            "(an interrupted export has none: run it again with --resume)."
+        ) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise FolderError(f"{path}: not readable ({error})") from error
+    return Manifest.from_json(text, str(path))
+
+
+def digest(path: Path) -> FileEntry:
+    """Size and sha256 of a file, read once in 1 MiB pieces."""
+    sha, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            sha.update(piece)
+            size += len(piece)
+    return FileEntry(size, sha.hexdigest())
+
+
+def verify_files(folder: Path, manifest: Manifest, names: list[str] | None = None) -> None:
+    """Compare files with the manifest; ``names`` None means every file it lists.
+
+    FolderError naming the first file that is absent, outside the folder, resized or altered.
+    """
+    root = folder.resolve()
+    for name in names if names is not None else manifest.files:
+        path = folder / name
+        if name not in manifest.files:
+            raise FolderError(f"{path}: not listed under files of manifest.json. Export again.")
+        if not path.resolve().is_relative_to(root):
+            raise FolderError(f"{path}: a link that leaves the folder. Copy the file itself.")
+        if not path.is_file():
+            raise FolderError(f"{path}: listed in manifest.json but absent. Copy the folder again.")
+        try:
+            found = digest(path)
+        except OSError as error:
+            raise FolderError(f"{path}: not readable ({error})") from error
+        expected = manifest.files[name]
+        if found.bytes != expected.bytes:
+            raise FolderError(
+                f"{path}: {found.bytes} bytes, expected {expected.bytes}. Copy the folder again."
+            )
+        if found != expected:
+            raise FolderError(f"{path}: sha256 differs from manifest.json. Copy the folder again.")

@@ -1,0 +1,334 @@
+"""VLMQ: importance against autograd and finite differences, its guards, and its limit cases as equalities.
+
+python -m pytest tests/core/test_vlmq.py
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny_blocks import tiny_block, tiny_stream
+
+from qvlm import importance
+from qvlm.affine import dequantize, quantize_weight
+from qvlm.errors import RecipeError
+from qvlm.fakequant import substituted
+from qvlm.hessian import Statistics
+from qvlm.importance import Attention
+from qvlm.methods import METHODS, vlmq
+from qvlm.methods.gptq import gptq_matrix
+from qvlm.methods.method import Block, State
+from qvlm.methods.stages import StagedLayer
+from qvlm.recipe import Recipe, WeightScheme, component_recipe
+
+NOTHING: State = {}
+
+
+def recipe(method: str, format_name: str = "w3a16", **options: Any) -> Recipe:
+    return component_recipe(format_name, format_name, format_name, method=method, options=options)
+
+
+def quantized(block: Block, method: str, **options: Any) -> Any:
+    return METHODS[method].quantize_block(block, recipe(method, **options), NOTHING)
+
+
+def attention_of(block: Block) -> Attention:
+    found = vlmq.find_block_attention(block)
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def text_block() -> Block:
+    return tiny_block(tiny_stream("text", 3), "w3a16", error=0.1)
+
+
+@pytest.mark.parametrize(("component", "output"), [("text", "o_proj"), ("vision", "out_proj")])
+def test_attention_is_found(component: str, output: str) -> None:
+    block = tiny_block(tiny_stream(component, 1), "w8a8")
+    found = attention_of(block)
+    prefix = f"{block.names[0]}.self_attn."
+    assert set(found.inputs) == {f"{prefix}{k}_proj" for k in "qkv"}
+    assert found.output == prefix + output
+
+
+def test_projector_has_no_attention() -> None:
+    assert vlmq.find_block_attention(tiny_block(tiny_stream("projector", 1), "w8a8")) is None
+
+
+def outputs(block: Block, attention: Attention, sample: int) -> tuple[torch.Tensor, torch.Tensor]:
+    with torch.no_grad():
+        return tuple(
+            importance.attention_output(
+                block.stream, block.start, attention, hidden[sample], sample
+            )
+            for hidden in (block.quant_inputs, block.float_inputs)
+        )  # type: ignore[return-value]
+
+
+def test_output_factor_is_the_closed_form(text_block: Block) -> None:
+    """dL/dZ_o by autograd through the real layer equals 2 (Attn(U) - Attn(F))."""
+    block, attention = text_block, attention_of(text_block)
+    linear = block.linears[attention.output]
+    for sample in range(len(block.quant_inputs)):
+        output, target = outputs(block, attention, sample)
+        leaves: list[torch.Tensor] = []
+
+        def run(x: torch.Tensor, leaves: list[torch.Tensor] = leaves) -> torch.Tensor:
+            leaves.append(
+                torch.nn.functional.linear(x, linear.weight, linear.bias).detach().requires_grad_()
+            )
+            return leaves[0]
+
+        with torch.enable_grad(), substituted(block.linears, {attention.output: run}):
+            again = importance.attention_output(
+                block.stream, block.start, attention, block.quant_inputs[sample], sample
+            )
+            loss = (again - target).square().sum()
+        gradient = torch.autograd.grad(loss, leaves[0])[0]
+        expected = gradient.abs().mean(-1).reshape(-1)
+        assert torch.equal(importance.output_importance(output, target), expected)
+
+
+def test_input_factors_are_the_gradient(text_block: Block) -> None:
+    """Central differences of L in float64 along the outputs of q, k and v of some tokens and channels."""
+    block, attention = text_block, attention_of(text_block)
+    sample = 1
+    _, target = outputs(block, attention, sample)
+    linears = {name: block.linears[name] for name in attention.inputs}
+    found, output = importance.input_importance(
+        block.stream, block.start, attention, linears, block.quant_inputs[sample], target, sample
+    )
+    assert torch.equal(output, outputs(block, attention, sample)[0])
+    tokens = output.shape[1]
+    token = tokens // 2
+    for name, linear in linears.items():
+        assert found[name].shape == (tokens,)
+        moves = torch.zeros(linear.out_features)
+        for channel in range(linear.out_features):
+            losses = []
+            for step in (1e-2, -1e-2):
+
+                def run(
+                    x: torch.Tensor, linear: Any = linear, c: int = channel, s: float = step
+                ) -> Any:
+                    z = torch.nn.functional.linear(x, linear.weight, linear.bias)
+                    z[0, token, c] += s
+                    return z
+
+                with torch.no_grad(), substituted(linears, {name: run}):
+                    moved = importance.attention_output(
+                        block.stream, block.start, attention, block.quant_inputs[sample], sample
+                    )
+                losses.append(float((moved.double() - target.double()).square().sum()))
+            moves[channel] = (losses[0] - losses[1]) / 2e-2
+        # The loss is near 1e3 with float32 forwards (1e-7 relative) divided by the step, and curvature is second
+        # order: two digits of the mean are what central differences can show.
+        assert float(found[name][token]) == pytest.approx(float(moves.abs().mean()), rel=0.02)
+
+
+def test_factors_are_local(text_block: Block) -> None:
+    """One backward pass leaves no gradient on any weight and no function on any linear."""
+    block = text_block
+    for linear in block.linears.values():
+        linear.weight.requires_grad_(True)
+    quantized(block, "vlmq")
+    for linear in block.linears.values():
+        assert linear.weight.grad is None and "forward" not in linear.__dict__
+        linear.weight.requires_grad_(False)
+
+
+def test_equal_importance_is_gptaq(text_block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    def constant(value: float) -> Any:
+        def run(stream: Any, index: int, attention: Any, linears: Any, hidden: Any, target: Any,
+                sample: int) -> Any:  # fmt: skip
+            with torch.no_grad():
+                output = importance.attention_output(stream, index, attention, hidden, sample)
+            return {n: torch.full((hidden.shape[1],), value) for n in linears}, output
+
+        return run
+
+    plain = quantized(text_block, "gptaq")
+    for value in (1.0, 0.375):
+        monkeypatch.setattr(importance, "input_importance", constant(value))
+        monkeypatch.setattr(
+            importance, "output_importance", lambda o, t, v=value: torch.full((o.shape[1],), v)
+        )
+        for rule in ("token", "blend"):
+            found = quantized(text_block, "vlmq", candidates=[rule], exponent=2)
+            assert found.linears.keys() == plain.linears.keys()
+            for name, q in plain.linears.items():
+                assert np.array_equal(found.linears[name].integers, q.integers), name
+                assert np.array_equal(found.linears[name].scale, q.scale), name
+
+
+def test_uniform_rule_is_gptaq(text_block: Block) -> None:
+    plain = quantized(text_block, "gptaq")
+    found = quantized(text_block, "vlmq", candidates=["uniform"])
+    for name, q in plain.linears.items():
+        assert np.array_equal(found.linears[name].integers, q.integers), name
+
+
+def test_equal_streams_are_gptq_for_q_k_v() -> None:
+    """U = F: no loss, so no importance and no D: the first layer of a model. (o then sees q, k, v quantized.)"""
+    block = tiny_block(tiny_stream("text", 3), "w3a16")
+    plain = quantized(block, "gptq")
+    for candidates in (["token"], ["uniform", "token", "blend"]):
+        found = quantized(block, "vlmq", candidates=candidates)
+        for key in "qkv":
+            name = f"{block.names[0]}.self_attn.{key}_proj"
+            assert np.array_equal(found.linears[name].integers, plain.linears[name].integers)
+            assert np.array_equal(found.linears[name].scale, plain.linears[name].scale)
+
+
+def test_factors_differ_between_projections_and_move_integers(text_block: Block) -> None:
+    attention = attention_of(text_block)
+    solver = vlmq.AttentionSolver(
+        StagedLayer(text_block), attention, vlmq.Settings.of(recipe("vlmq"))
+    )
+    q, k, v = (torch.cat(solver.factors[name]) for name in attention.inputs)
+    assert not torch.equal(q, k) and not torch.equal(k, v)
+    assert float(torch.cat([q, k, v]).min()) >= np.float32(importance.FLOOR)
+    plain, token = (
+        quantized(text_block, "vlmq", candidates=[rule], exponent=2)
+        for rule in ("uniform", "token")
+    )
+    # Three tiny samples hold fewer tokens than 4 per channel: the guard weighs all alike.
+    for name, q_ in plain.linears.items():
+        assert np.array_equal(q_.integers, token.linears[name].integers)
+        if "self_attn" in name:
+            assert token.report["linears"][name]["temperature"] == 0.0
+    importance_only = pytest.MonkeyPatch()
+    with importance_only.context() as patch:
+        patch.setattr(importance, "TOKENS_PER_CHANNEL", 0.01)
+        weighted = quantized(text_block, "vlmq", candidates=["token"], exponent=2)
+    for key in "qkvo":
+        name = f"{text_block.names[0]}.self_attn.{key}_proj"
+        assert not np.array_equal(weighted.linears[name].integers, plain.linears[name].integers)
+
+
+def test_relative_factors() -> None:
+    assert torch.equal(importance.relative(torch.zeros(5)), torch.ones(5))
+    assert torch.equal(importance.relative(torch.full((5,), 0.3)), torch.ones(5))
+    g = torch.tensor([1.0, 1.1, 0.9, 1.2, 0.8, 1.0, 0.01, 40.0])
+    found = importance.relative(g)
+    mean = g.double().mean()
+    q1, q3 = np.quantile((g.double() / mean).numpy(), [0.25, 0.75])
+    # float32 of a float64 value.
+    assert float(found[-1]) == pytest.approx(q3 + 1.5 * (q3 - q1), rel=2**-24)
+    assert float(found[-2]) == pytest.approx(importance.FLOOR, rel=2**-24)
+    assert torch.equal(found[:6].argsort(), g[:6].argsort())
+
+
+def test_temper_keeps_enough_tokens() -> None:
+    generator = torch.Generator().manual_seed(0)
+    heavy = [torch.rand(50, generator=generator).pow(8) + 1e-3 for _ in range(4)]
+    for channels in (1, 10, 30, 45, 49):
+        found, temperature = importance.tempered(heavy, channels, range(4))
+        assert importance.effective(found) >= importance.TOKENS_PER_CHANNEL * channels
+        if temperature < 1:
+            step = importance.TEMPERATURES[importance.TEMPERATURES.index(temperature) - 1]
+            before = [c.pow(step) for c in heavy]
+            assert importance.effective(before) < importance.TOKENS_PER_CHANNEL * channels
+    found, temperature = importance.tempered(heavy, 60, range(4))
+    assert temperature == 0.0 and all(torch.equal(c, torch.ones(50)) for c in found)
+
+
+def test_rounding_noise_is_no_importance() -> None:
+    target = torch.randn(1, 9, 32)
+    assert importance.is_noise(target, target)
+    assert importance.is_noise(target * (1 + 2.0**-22), target)
+    assert not importance.is_noise(target * (1 + 2.0**-12), target)
+
+
+def test_modality_weights_balance() -> None:
+    image = torch.tensor([True] * 6 + [False] * 2)
+    found = vlmq.balanced(image)
+    assert found[image].sum() == found[~image].sum() == 4
+    assert torch.equal(vlmq.balanced(torch.ones(4, dtype=torch.bool)), torch.ones(4))
+
+
+def test_weighted_statistics_win_where_the_weights_say() -> None:
+    """With importance c, the c-weighted output error on held-out tokens falls against uniform sums."""
+    generator = torch.Generator().manual_seed(3)
+    mixes = [torch.randn(64, 64, generator=generator) for _ in range(2)]
+    scales = [torch.logspace(0, -1.5, 64), torch.logspace(-1.5, 0, 64)]
+    u = torch.cat(
+        [
+            torch.randn(2000, 64, generator=generator) * s @ m
+            for s, m in zip(scales, mixes, strict=True)
+        ]
+    )
+    weight = torch.randn(48, 64, generator=generator)
+    c = torch.cat([torch.full((2000,), 1.0), torch.full((2000,), 0.1)])
+    scheme = WeightScheme(3, "group", 32)
+    errors = {}
+    for name, weights in (("uniform", None), ("weighted", c[::2])):
+        sums = Statistics(64)
+        sums.add(u[::2], weights=weights)
+        solved = dequantize(gptq_matrix(weight, sums.hessian, scheme).quantized)
+        errors[name] = float((c[1::2, None] * (u[1::2] @ (solved - weight).T).square()).sum())
+    nearest = dequantize(quantize_weight(weight, scheme))
+    errors["rtn"] = float((c[1::2, None] * (u[1::2] @ (nearest - weight).T).square()).sum())
+    assert errors["weighted"] < 0.95 * errors["uniform"]
+    assert errors["weighted"] < 0.5 * errors["rtn"]
+
+
+def test_keeps_the_best_candidate() -> None:
+    """The winner has the least held-out error of all, is solved on every sample, and is reported."""
+    block = tiny_block(tiny_stream("text", 12), "w3a16", error=0.1)
+    patch = pytest.MonkeyPatch()
+    with patch.context() as context:
+        context.setattr(importance, "TOKENS_PER_CHANNEL", 0.1)
+        rules = list(vlmq.RULES)
+        found = quantized(block, "vlmq", candidates=rules)
+        report = found.report["attention"]
+        assert list(report["held_out_error"]) == rules
+        assert len(set(report["held_out_error"].values())) == len(rules)
+        assert report["rule"] == min(rules, key=lambda rule: report["held_out_error"][rule])
+        alone = quantized(block, "vlmq", candidates=[report["rule"]])
+    for name, q in alone.linears.items():
+        assert np.array_equal(q.integers, found.linears[name].integers)
+    tokens = sum(hidden[..., 0].numel() for hidden in block.quant_inputs)
+    assert all(row["tokens"] == tokens for row in found.report["linears"].values())
+
+
+@pytest.mark.parametrize(
+    ("component", "format_name"),
+    [("text", "w4a16"), ("text", "w8a8-static"), ("vision", "w8a8"), ("projector", "w8a8")],
+)
+def test_block_is_complete_float_and_repeatable(component: str, format_name: str) -> None:
+    block = tiny_block(tiny_stream(component, 3), format_name, error=0.05)
+    before = {name: linear.weight.clone() for name, linear in block.linears.items()}
+    results = [quantized(block, "vlmq", format_name=format_name) for _ in range(2)]
+    assert list(results[0].linears) and results[0].linears.keys() == block.linears.keys()
+    assert results[0].report["linears"].keys() == block.linears.keys()
+    for name, linear in block.linears.items():
+        assert torch.equal(linear.weight, before[name])
+        assert np.array_equal(results[0].linears[name].integers, results[1].linears[name].integers)
+
+
+def test_only_some_linears_of_the_attention() -> None:
+    block = tiny_block(tiny_stream("text", 2), "w4a16", error=0.05)
+    for part in (("k_proj",), ("o_proj", "up_proj"), ("gate_proj", "down_proj")):
+        linears = {n: m for n, m in block.linears.items() if n.endswith(part)}
+        found = quantized(replace(block, linears=linears), "vlmq", format_name="w4a16")
+        assert found.linears.keys() == linears.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"exponent": 3}, "option exponent: 3, expected 1 or 2"),
+        ({"candidates": []}, "expected a list out of uniform, token"),
+        ({"candidates": ["best"]}, "expected a list out of uniform, token"),
+        ({"alpha": -1}, "option alpha"),
+    ],
+)
+def test_bad_options_are_refused(text_block: Block, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        quantized(text_block, "vlmq", **options)
