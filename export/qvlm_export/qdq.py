@@ -336,7 +336,11 @@ def _int8_product(b: GraphBuilder, data: ir.Value, group: Sequence[LinearPlan]) 
         _joint(group, "weight_channel"), (width,), lambda: scales() / np.float32(s0)
     )
     weight = b.constant(_joint(group, "weight"), lazy_int8((depth, width), integers))
-    dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), b.scalar(0, ir.DataType.INT8))
+    # Its own zero, not a shared one: ONNX Runtime's pass for processors without VNNI copies the zero
+    # point of every weight under a name made from the old one, and stops at the second copy.
+    zero = ir.Tensor(np.array(0, np.int8))
+    zero_point = b.constant(_joint(group, "weight_zero_point"), zero)
+    dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), zero_point)
     product = b.op("MatMul", data, dequantized)
     _mark(product, group)
     return b.op("Mul", product, b.constant(_joint(group, "weight_channel"), channel))

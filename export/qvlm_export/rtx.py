@@ -166,9 +166,12 @@ def _expect_elements(found: int, expected: int, what: str) -> None:
 
 
 def integer_products(kernels: Sequence[Kernel], profile: int = 0) -> tuple[int, int]:
-    """(kernels that hold INT4 weights, kernels that multiply INT8 by INT8) of one profile."""
+    """(kernels that multiply with INT4 weights, kernels that multiply INT8 by INT8) of one profile.
+
+    A kernel that only writes its INT4 constant out as floats is no product.
+    """
     here = [k for k in kernels if k.profile == profile]
-    int4 = sum(1 for k in here if k.constant_elements("Int4"))
+    int4 = sum(1 for k in here if k.constant_elements("Int4") and not _expands(k))
     int8 = sum(
         1 for k in here if k.constant_elements("Int8") and any(t.dtype == "Int8" for t in k.inputs)
     )
