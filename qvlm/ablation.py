@@ -6,11 +6,6 @@ the method's preparation per (format, visual-encoder step), vision and projector
 block's search for all partitions that begin with the same blocks. Each finished row goes to the
 results file, so an interrupted run continues.
 
-Measures, teacher-forced on the reference answers: mean KL(float || quantized) per answer token, and
-exact match, the share of questions whose every answer token up to the end token is the argmax.
-Greedy decoding gives the reference answer in exactly those cases: by induction, its next token is
-the argmax after the reference's beginning.
-
 DED, the discretization error difference of two consecutive layers, is defined in words only in the
 paper: output error after the sequential search minus output error after the joint one. It is
 measured here on the float stream, that is for the pair alone, and compared with D(k, k+1) and with
@@ -19,10 +14,8 @@ the pair's own quantization error, the paper's other proxy.
 
 from __future__ import annotations
 
-import copy
 import logging
 import time
-from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,11 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from qvlm import entropy, fakequant
-from qvlm.capture import Sample, Stream, capture_inputs, capture_stream
+from qvlm.capture import Sample, capture_stream
 from qvlm.checkpoint import QuantizedLinear, dump_json, load_json
 from qvlm.errors import CalibrationError
-from qvlm.generate import stop_tokens
-from qvlm.methods import METHODS, Block, Context, Method, State
+from qvlm.job import Job, propagate
+from qvlm.judge import Judge
+from qvlm.methods import METHODS, Context, Method, State
 from qvlm.methods.block_search import BlockSearch, dependencies, pair_block, pair_errors
 from qvlm.methods.q_vlm import PARTITIONS, resolved
 from qvlm.models.adapter import Adapter
@@ -47,146 +41,6 @@ from qvlm.recipe import Recipe
 log = logging.getLogger(__name__)
 
 Json = dict[str, Any]
-_BATCH = 32
-
-
-# -- measuring
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Questions of equal shape with what the float model said: log probabilities [answer tokens,
-    vocab].
-    """
-
-    inputs: dict[str, Any]
-    mask: Tensor  # bool [questions, S-1]: the logits at t predict a counted answer token at t+1
-    wanted: Tensor  # [answer tokens]
-    reference: Tensor
-
-
-class Judge:
-    """A float model's answers on a set of questions, and how far another model is from them."""
-
-    def __init__(self, model: nn.Module, samples: Sequence[Sample]) -> None:
-        groups: dict[Any, list[Sample]] = defaultdict(list)
-        for sample in samples:
-            pixels = None if sample.pixel_values is None else tuple(sample.pixel_values.shape)
-            groups[(sample.input_ids.shape[1], pixels)].append(sample)
-        stop = stop_tokens(model)
-        self.batches: list[Batch] = []
-        for group in groups.values():
-            for start in range(0, len(group), _BATCH):
-                self.batches.append(_batch(model, group[start : start + _BATCH], stop))
-        self.questions = len(samples)
-
-    @torch.no_grad()
-    def measure(self, model: nn.Module) -> dict[str, float]:
-        """kl (nats per answer token), exact_match (0 to 1)."""
-        kl, tokens, right = 0.0, 0, 0
-        for batch in self.batches:
-            found = _answer_logits(model, batch.inputs, batch.mask)
-            kl += float((batch.reference.exp() * (batch.reference - found)).sum())
-            tokens += len(found)
-            hit = torch.ones_like(batch.mask)
-            hit[batch.mask] = found.argmax(-1) == batch.wanted
-            right += int(hit.all(1).sum())
-        return {"kl": kl / tokens, "exact_match": right / self.questions}
-
-
-@torch.no_grad()
-def _batch(model: nn.Module, samples: Sequence[Sample], stop: frozenset[int]) -> Batch:
-    inputs = [sample.model_inputs() for sample in samples]
-    joined = {
-        key: torch.cat([i[key] for i in inputs]) if isinstance(value, Tensor) else value
-        for key, value in inputs[0].items()
-    }
-    ids = joined["input_ids"]
-    answer = torch.stack([sample.answer_mask for sample in samples])
-    ended = torch.isin(ids, torch.tensor(sorted(stop), dtype=torch.int64)) & answer
-    before = (ended.cumsum(1) - ended.long()) == 0  # up to the first end token of the answer
-    mask = (answer & before)[:, 1:]
-    if not bool(mask.any(1).all()):
-        raise CalibrationError("a question has no answer: exact match needs one")
-    return Batch(joined, mask, ids[:, 1:][mask], _answer_logits(model, joined, mask))
-
-
-def _answer_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:
-    """Log probabilities float64 [answer tokens, vocab]."""
-    logits: Tensor = model(**inputs).logits
-    return logits[:, :-1][mask].double().log_softmax(-1)
-
-
-# -- quantizing in memory
-
-
-@dataclass
-class Job:
-    """A model on its way from float to quantized, with the float streams of every component."""
-
-    context: Context
-    model: nn.Module
-    streams: dict[str, Stream]
-
-    @staticmethod
-    def begin(context: Context) -> Job:
-        """A copy of the context's float model."""
-        model = copy.deepcopy(context.model)
-        streams = {
-            component: capture_stream(model, context.adapter, component, context.samples)
-            for component in context.formats
-        }
-        return Job(context, model, streams)
-
-    def copied(self) -> Job:
-        """The same state on modules of its own."""
-        model = copy.deepcopy(self.model)
-        streams = {
-            component: replace(
-                stream, layers=tuple(model.get_submodule(name) for name in stream.names)
-            )
-            for component, stream in self.streams.items()
-        }
-        return Job(self.context, model, streams)
-
-    def entering(self, component: str) -> list[Tensor]:
-        """The quantized stream that enters a component."""
-        stream = self.streams[component]
-        samples = [self.context.samples[i] for i in stream.samples]
-        return capture_inputs(self.model, stream.layers[0], samples)
-
-    def block(
-        self, component: str, start: int, stop: int, floats: list[Tensor], quants: list[Tensor]
-    ) -> Block:
-        """Layers [start, stop) as the method wants them."""
-        stream, formats = self.streams[component], self.context.formats[component]
-        linears: dict[str, nn.Linear] = {}
-        for layer in stream.names[start:stop]:
-            for name in formats:
-                module = self.model.get_submodule(name)
-                if (name == layer or name.startswith(layer + ".")) and isinstance(
-                    module, nn.Linear
-                ):
-                    linears[name] = module
-        chosen = {name: formats[name] for name in linears}
-        return Block(stream, start, stop, linears, chosen, floats, quants)
-
-    def run_component(self, component: str, method: Method, state: State) -> None:
-        """Quantize one component in place."""
-        stream = self.streams[component]
-        floats, quants = stream.inputs, self.entering(component)
-        for start, stop in method.partition(stream, self.context.recipe, state):
-            block = self.block(component, start, stop, floats, quants)
-            linears = method.quantize_block(block, self.context.recipe, state).linears
-            floats = propagate(block, floats)
-            fakequant.apply(self.model, linears)
-            quants = propagate(block, quants)
-
-
-@torch.no_grad()
-def propagate(block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
-    """The block's outputs with its modules as they are."""
-    return [block.run(h, i) for i, h in enumerate(hidden)]
 
 
 @dataclass

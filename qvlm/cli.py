@@ -246,8 +246,9 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _ablate(arguments: argparse.Namespace) -> Json:
-    from qvlm.ablation import Case, Judge, ablate
+    from qvlm.ablation import Case, ablate
     from qvlm.data import calibration, evaluation
+    from qvlm.judge import Judge
     from qvlm.quantize import build_samples
     from qvlm.source import load, open_source
 

@@ -18,10 +18,12 @@ import torch
 from tiny_models import IMAGE_TOKEN, greedy, prompts, tiny_llava
 
 from qvlm import ablation
-from qvlm.ablation import Case, Job, Judge, Partitions, ablate, correlation, measure_ded
+from qvlm.ablation import Case, Partitions, ablate, correlation, measure_ded
 from qvlm.capture import Sample
 from qvlm.errors import CalibrationError
 from qvlm.generate import decode, stop_tokens
+from qvlm.job import Job
+from qvlm.judge import Judge
 from qvlm.methods import METHODS, Context
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve

@@ -1,0 +1,87 @@
+"""Quantizing in memory, component by component: what experiments use instead of the driver.
+
+No checkpoint, no goldens, no resume. A ``Job`` can be copied half way, so that trials which share
+their beginning do it once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from qvlm import fakequant
+from qvlm.capture import Stream, capture_inputs, capture_stream
+from qvlm.methods import Block, Context, Method, State
+
+
+@dataclass
+class Job:
+    """A model on its way from float to quantized, with the float streams of every component."""
+
+    context: Context
+    model: nn.Module
+    streams: dict[str, Stream]
+
+    @staticmethod
+    def begin(context: Context) -> Job:
+        """A copy of the context's float model."""
+        model = copy.deepcopy(context.model)
+        streams = {
+            component: capture_stream(model, context.adapter, component, context.samples)
+            for component in context.formats
+        }
+        return Job(context, model, streams)
+
+    def copied(self) -> Job:
+        """The same state on modules of its own."""
+        model = copy.deepcopy(self.model)
+        streams = {
+            component: replace(
+                stream, layers=tuple(model.get_submodule(name) for name in stream.names)
+            )
+            for component, stream in self.streams.items()
+        }
+        return Job(self.context, model, streams)
+
+    def entering(self, component: str) -> list[Tensor]:
+        """The quantized stream that enters a component."""
+        stream = self.streams[component]
+        samples = [self.context.samples[i] for i in stream.samples]
+        return capture_inputs(self.model, stream.layers[0], samples)
+
+    def block(
+        self, component: str, start: int, stop: int, floats: list[Tensor], quants: list[Tensor]
+    ) -> Block:
+        """Layers [start, stop) as the method wants them."""
+        stream, formats = self.streams[component], self.context.formats[component]
+        linears: dict[str, nn.Linear] = {}
+        for layer in stream.names[start:stop]:
+            for name in formats:
+                module = self.model.get_submodule(name)
+                if (name == layer or name.startswith(layer + ".")) and isinstance(
+                    module, nn.Linear
+                ):
+                    linears[name] = module
+        chosen = {name: formats[name] for name in linears}
+        return Block(stream, start, stop, linears, chosen, floats, quants)
+
+    def run_component(self, component: str, method: Method, state: State) -> None:
+        """Quantize one component in place."""
+        stream = self.streams[component]
+        floats, quants = stream.inputs, self.entering(component)
+        for start, stop in method.partition(stream, self.context.recipe, state):
+            block = self.block(component, start, stop, floats, quants)
+            linears = method.quantize_block(block, self.context.recipe, state).linears
+            floats = propagate(block, floats)
+            fakequant.apply(self.model, linears)
+            quants = propagate(block, quants)
+
+
+@torch.no_grad()
+def propagate(block: Block, hidden: Sequence[Tensor]) -> list[Tensor]:
+    """The block's outputs with its modules as they are."""
+    return [block.run(h, i) for i, h in enumerate(hidden)]
