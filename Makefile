@@ -28,8 +28,9 @@ lint: venv
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# One thread a worker: several torch processes with all cores each spend their time waiting for one another.
 test: lint
-	$(BIN)/python -m pytest --ignore=tests/end_to_end/test_demo.py --ignore=tests/end_to_end/test_interrupt.py
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --maxprocesses 8 --dist loadfile --ignore=tests/end_to_end/test_demo.py --ignore=tests/end_to_end/test_interrupt.py
 
 # The demo's acceptance and the interrupt tests; not yet run to the end on an idle machine.
 accept: venv
