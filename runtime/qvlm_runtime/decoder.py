@@ -119,6 +119,17 @@ class DecoderState:
         logits: NDArray[np.float32] = self._logits[0, 0].astype(np.float32)  # a copy
         return logits
 
+    def rewind(self, length: int) -> None:
+        """Forget the tokens behind the first ``length``; the next step runs behind those.
+
+        PromptError if fewer have been seen.
+        """
+        if not 0 <= length <= self._cache.length:
+            raise PromptError(
+                f"rewind: got {length}, expected at most the {self._cache.length} tokens seen."
+            )
+        self._cache.length = length
+
     def cache_rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values, each F [1, kv_heads, length, head_dim]."""
         return self._cache.rows(layer)

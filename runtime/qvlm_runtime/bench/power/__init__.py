@@ -1,0 +1,5 @@
+"""Energy counters of boards and processors behind one reader: ``choose`` finds what is there."""
+
+from qvlm_runtime.bench.power.reader import PowerReader, Unavailable, choose
+
+__all__ = ["PowerReader", "Unavailable", "choose"]
