@@ -3,10 +3,11 @@
 1. Each folder is opened in a fresh process, several times, in turn: load time and the memory of it.
 2. One process per folder stays. Its cache is filled context by context: memory against context.
 3. Warm-up rounds, thrown away.
-4. Rounds. In each, every subject decodes at every context and answers every case, one after the
-   other; which subject comes first changes from round to round. So a machine that gets slower with
-   time slows all of them, and the quotient of two samples of one round keeps their ratio. Between
-   two rounds the machine is looked at; a round it throttled in is marked.
+4. Rounds. In each, every subject decodes at every context and answers every case; the subjects run
+   a context or a case one right after the other, and which comes first changes from round to round.
+   So a machine that gets slower with time slows all of them, and the quotient of two samples of one
+   round keeps their ratio. Between two rounds the machine is looked at; a round it throttled in is
+   marked.
 5. Rounds end when every figure's interval is as narrow as the plan asks, or at the plan's limit.
    Looking at the width before stopping makes the stated coverage a little optimistic.
 6. Energy, last: each part is repeated for some seconds between two readings of the meter.
@@ -24,7 +25,7 @@ from qvlm_runtime.bench.figure import Figure, figure, ratio
 from qvlm_runtime.bench.machine import Snapshot, throttled
 from qvlm_runtime.bench.plan import Case, Plan
 from qvlm_runtime.bench.power import PowerReader
-from qvlm_runtime.bench.subject import Load, Subject
+from qvlm_runtime.bench.subject import FirstToken, Load, Subject
 
 Say = Callable[[str], None]
 PARTS = ("preprocess", "vision", "prefill", "other")
@@ -53,6 +54,16 @@ class Samples:
     answers: dict[Case, list[float]] = field(default_factory=dict)
     energy: dict[str, Any] = field(default_factory=dict)
     peak_bytes: int = 0
+
+    def add_first(self, case: Case, token: FirstToken) -> None:
+        """One sample of a case's first token; "other" is the whole without the named parts."""
+        parts = {"preprocess": token.preprocess, "vision": token.vision, "prefill": token.prefill}
+        parts["other"] = token.whole - sum(parts.values())
+        parts["whole"] = token.whole
+        series = self.first.setdefault(case, {})
+        for part, value in parts.items():
+            series.setdefault(part, []).append(value)
+        self.prompt_tokens[case] = token.prompt_tokens
 
     def series(self) -> dict[str, list[float]]:
         """Every series of seconds by a name, the same names for every subject of a run."""
@@ -125,16 +136,15 @@ class Session:
 
     def _rounds(self, subjects: Sequence[Subject], samples: Sequence[Samples]) -> list[Round]:
         plan, rounds = self.plan, list[Round]()
-        pairs = list(zip(subjects, samples, strict=True))
         for _ in range(plan.warmup):
             self.say("warm-up")
-            for subject, one in pairs:
-                self._round(subject, Samples(one.name, one.max_rows, [], one.memory))
+            spare = [Samples(one.name, one.max_rows, [], one.memory) for one in samples]
+            self._round(list(zip(subjects, spare, strict=True)))
         before = self.snapshot()
         while len(rounds) < plan.max_rounds:
+            pairs = list(zip(subjects, samples, strict=True))
             turn = len(rounds) % len(pairs)
-            for subject, one in pairs[turn:] + pairs[:turn]:
-                self._round(subject, one)
+            self._round(pairs[turn:] + pairs[:turn])
             after = self.snapshot()
             rounds.append(Round(throttled(before, after), after))
             before = after
@@ -144,30 +154,27 @@ class Session:
                 break
         return rounds
 
-    def _round(self, subject: Subject, one: Samples) -> None:
-        """One sample of everything."""
+    def _round(self, pairs: Sequence[tuple[Subject, Samples]]) -> None:
+        """One sample of everything; what is compared runs one right after the other."""
         plan = self.plan
-        for context in one.memory:
-            step = statistics.median(subject.decode(context, plan.steps))
-            one.steps.setdefault(context, []).append(step)
+        for context in sorted({c for _, one in pairs for c in one.memory}):
+            for subject, one in pairs:
+                if context in one.memory:
+                    step = statistics.median(subject.decode(context, plan.steps))
+                    one.steps.setdefault(context, []).append(step)
         for case in plan.cases():
-            token = subject.first_token(case)
-            parts = {"preprocess": token.preprocess, "vision": token.vision}
-            parts |= {"prefill": token.prefill, "whole": token.whole}
-            parts["other"] = token.whole - token.preprocess - token.vision - token.prefill
-            series = one.first.setdefault(case, {})
-            for part, value in parts.items():
-                series.setdefault(part, []).append(value)
-            one.prompt_tokens[case] = token.prompt_tokens
+            for subject, one in pairs:
+                one.add_first(case, subject.first_token(case))
             if case.output_tokens > 1:
-                one.answers.setdefault(case, []).append(subject.answer(case))
+                for subject, one in pairs:
+                    one.answers.setdefault(case, []).append(subject.answer(case))
 
     def _energy(self, subject: Subject) -> dict[str, Any]:
         """Joules of a token and of an image, all of what the meter sees, and above idle."""
         if not self.power:
             return {}
         found: dict[str, Any] = {}
-        idle = self._watts(lambda: self._wait())
+        idle = self._watts(self._wait)
         found["idle_watts"] = idle["watts"]
         parts = ["token"] + (["image"] if any(self.plan.images) else [])
         for part in parts:
@@ -195,7 +202,7 @@ class Session:
         start, before = time.perf_counter(), [reader.joules() for reader in self.power]
         work()
         seconds, after = time.perf_counter() - start, [reader.joules() for reader in self.power]
-        total, rails = 0.0, {}
+        total, rails = 0.0, dict[str, float]()
         for reader, first, last in zip(self.power, before, after, strict=True):
             spent = {rail: last[rail] - first.get(rail, 0.0) for rail in last}
             rails |= {rail: joules / seconds for rail, joules in spent.items()}

@@ -142,4 +142,5 @@ def read_plan(path: Path | None, flags: Mapping[str, Any]) -> Plan:
             raise PromptError(
                 f"plan: {name} is {value!r}, expected {'a list' if name in lists else 'a number'}."
             )
-    return Plan(**{k: tuple(v) if k in lists else v for k, v in values.items()})
+    chosen: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in values.items()}
+    return Plan(**chosen)

@@ -208,9 +208,7 @@ class FolderSubject:
 
     def _frames(self, count: int) -> list[np.ndarray]:
         width, height = self._image_size
-        return [
-            self._random.integers(0, 256, (height, width, 3), np.uint8) for _ in range(count)
-        ]
+        return [self._random.integers(0, 256, (height, width, 3), np.uint8) for _ in range(count)]
 
     def _prompt(self, case: Case) -> str:
         """A text with the case's number of text tokens, or the next more that words can make."""

@@ -14,11 +14,16 @@ from pathlib import Path
 
 from qvlm_runtime.errors import FolderError
 
-# TensorProto.DataType -> bits of one element
-_BITS = {
-    **{1: 32, 2: 8, 3: 8, 4: 16, 5: 16, 6: 32, 7: 64, 9: 8, 10: 16, 11: 64, 12: 32, 13: 64},
-    **{16: 16, 17: 8, 18: 8, 19: 8, 20: 8, 21: 4, 22: 4, 23: 4, 24: 8, 25: 2, 26: 2},
+# Bits of an element -> the values of TensorProto.DataType that have so many.
+_TYPES = {
+    64: (7, 11, 13),
+    32: (1, 6, 12),
+    16: (4, 5, 10, 16),
+    8: (2, 3, 9, 17, 18, 19, 20, 24),
+    4: (21, 22, 23),
+    2: (25, 26),
 }
+_BITS = {dtype: bits for bits, dtypes in _TYPES.items() for dtype in dtypes}
 _PRODUCTS = ("MatMul", "Gemm", "Conv")
 
 

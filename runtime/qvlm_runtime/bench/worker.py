@@ -27,6 +27,7 @@ _CALLS = (
     *("load", "max_rows", "fill", "decode", "first_token", "answer", "repeat", "peak_bytes"),
     "close",
 )
+_STRUCTURES = (Load, FirstToken, Repeated)
 
 
 class WorkerSubject:
@@ -124,7 +125,8 @@ def _serve(subject: FolderSubject) -> None:
         values = [Case(**a) if isinstance(a, Mapping) else a for a in arguments]
         try:
             value = getattr(subject, name)(*values)
-            answer = {"value": dataclasses.asdict(value) if dataclasses.is_dataclass(value) else value}
+            plain = dataclasses.asdict(value) if isinstance(value, _STRUCTURES) else value
+            answer = {"value": plain}
         except RuntimeFault as fault:
             answer = {"fault": str(fault)}
         answers.write(json.dumps(answer) + "\n")

@@ -56,9 +56,7 @@ def channels(root: Path) -> dict[str, Callable[[], float]]:
             millivolts, milliamperes = folder / f"in{n}_input", folder / f"curr{n}_input"
             if label.is_file() and millivolts.is_file() and milliamperes.is_file():
                 found[label.read_text().strip()] = _product(millivolts, milliamperes)
-    for label in sorted(
-        root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_[0-2]")
-    ):
+    for label in sorted(root.glob("sys/bus/i2c/drivers/ina3221x/*/iio:device*/rail_name_[0-2]")):
         milliwatts = label.with_name(f"in_power{label.name[-1]}_input")
         if milliwatts.is_file():
             found[label.read_text().strip()] = _milli(milliwatts)

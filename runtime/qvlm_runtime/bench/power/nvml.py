@@ -63,9 +63,7 @@ class Nvml:
         self.devices: list[ctypes.c_void_p] = []
         for index in range(count.value):
             handle = ctypes.c_void_p()
-            self._call(
-                "nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle)
-            )
+            self._call("nvmlDeviceGetHandleByIndex_v2", ctypes.c_uint(index), ctypes.byref(handle))
             self.devices.append(handle)
         if not self.devices:
             raise Unavailable("NVML: no GPU")
