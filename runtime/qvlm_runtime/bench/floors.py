@@ -12,7 +12,7 @@ from the graph: attention's products, and patches that are merged into one token
 never above the truth, and a share never flatters. Integer kernels may pass 1.0 in prefill: their
 peak is above float32's, and the share says by how much.
 
-Run: python -m qvlm_runtime.bench.floors THREADS  (prints one JSON object)
+Run: python -m qvlm_runtime.bench.floors THREADS BYTES SIDE  (prints one JSON object)
 """
 
 from __future__ import annotations
@@ -47,12 +47,15 @@ class Limits:
     product: float
 
 
-def measure_limits(threads: int) -> Limits:
-    """Both limits with that many threads, in a fresh process. SessionError if it fails."""
+def measure_limits(threads: int, nbytes: int = _READ, side: int = _SIDE) -> Limits:
+    """Both limits with that many threads, in a fresh process. SessionError if it fails.
+
+    nbytes: of the array that is summed; side: of the square matrices.
+    """
     environment = dict(os.environ) | dict.fromkeys(_THREAD_VARIABLES, str(threads))
     environment["PYTHONPATH"] = import_path()
     run = subprocess.run(
-        [sys.executable, "-m", "qvlm_runtime.bench.floors", str(threads)],
+        [sys.executable, "-m", "qvlm_runtime.bench.floors", *map(str, (threads, nbytes, side))],
         capture_output=True,
         text=True,
         env=environment,
@@ -87,9 +90,9 @@ def vision_operations(weights: GraphWeights, model: ModelSpec, images: int) -> f
     return 2.0 * weights.elements * model.tokens_per_image * images
 
 
-def read_bandwidth(threads: int) -> float:
+def read_bandwidth(threads: int, nbytes: int) -> float:
     """Bytes per second of summing an array, the better of two kernels, best of five."""
-    parts = np.array_split(np.ones(_READ // 4, np.float32), threads)
+    parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
     kernels: tuple[Callable[[np.ndarray], object], ...] = (np.add.reduce, lambda a: np.dot(a, a))
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
@@ -97,21 +100,22 @@ def read_bandwidth(threads: int) -> float:
             for _ in range(_TAKES):
                 start = time.perf_counter()
                 list(pool.map(kernel, parts))
-                best = max(best, _READ / (time.perf_counter() - start))
+                best = max(best, nbytes / (time.perf_counter() - start))
     return best
 
 
-def matrix_product() -> float:
+def matrix_product(side: int) -> float:
     """Float32 operations per second of a square product, best of five."""
-    a = np.random.default_rng(0).standard_normal((_SIDE, _SIDE), np.float32)
+    a = np.random.default_rng(0).standard_normal((side, side), np.float32)
     out, best = np.empty_like(a), 0.0
     for _ in range(_TAKES):
         start = time.perf_counter()
         np.matmul(a, a, out=out)
-        best = max(best, 2.0 * _SIDE**3 / (time.perf_counter() - start))
+        best = max(best, 2.0 * side**3 / (time.perf_counter() - start))
     return best
 
 
 if __name__ == "__main__":
-    limits = Limits(read_bandwidth(int(sys.argv[1])), matrix_product())
+    given = [int(word) for word in sys.argv[1:]]
+    limits = Limits(read_bandwidth(given[0], given[1]), matrix_product(given[2]))
     sys.stdout.write(json.dumps(asdict(limits)) + "\n")

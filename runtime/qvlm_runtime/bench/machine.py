@@ -65,7 +65,8 @@ class Machine:
     def describe(self) -> dict[str, Any]:
         """Names, sizes, versions and modes, as JSON values."""
         governors = {
-            _text(p) for p in self._glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")
+            _text(p).strip()
+            for p in self._glob("sys/devices/system/cpu/cpu*/cpufreq/scaling_governor")
         }
         limits = [
             _number(p) for p in self._glob("sys/devices/system/cpu/cpu*/cpufreq/cpuinfo_max_freq")

@@ -145,7 +145,7 @@ def _first_token_table(subjects: Sequence[Any]) -> str:
             answer = case["answer_seconds"]
             whole = f"{_ms(answer)} ({case['output_tokens']} tokens)" if answer else "–"
             floors = case["floors"] or {}
-            shares = ", ".join(f"{f['share']:.2f}" for f in floors.values()) or "–"
+            shares = ", ".join(f"{f['share']:.2g}" for f in floors.values()) or "–"
             cells = [_name(subject), str(case["prompt_tokens"]), str(case["images"])]
             rows.append([*cells, *parts, whole, shares])
     return _table(head, rows)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import html
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 COLOURS = 6  # the page defines --c0 to --c5
 _WIDTH = 860
-_LABEL = 250
+_LABEL = 230
+_NOTE = 240
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ def bars(title: str, rows: Sequence[Bar], parts: Sequence[str]) -> str:
             f'<text x="{_LABEL - 10}" y="{y + 15}" text-anchor="end">{_clip(row.name)}</text>'
         )
         for part in parts:
-            width = (_WIDTH - _LABEL - 190) * row.parts.get(part, 0.0) / longest
+            width = (_WIDTH - _LABEL - _NOTE) * row.parts.get(part, 0.0) / longest
             if width > 0:
                 fill = f"var(--c{parts.index(part) % COLOURS})"
                 style = f'fill="{fill}"' + (' fill-opacity=".35"' if row.theirs else "")
@@ -65,11 +66,13 @@ def bars(title: str, rows: Sequence[Bar], parts: Sequence[str]) -> str:
 def lines(
     title: str, x_title: str, y_title: str, curves: Sequence[Line], limit: float | None = None
 ) -> str:
-    """Curves over a linear x from 0; a dashed line at ``limit``."""
+    """Curves over a linear x from 0; a dashed line at ``limit``, or at the top if that is far above."""
     left, right, top, bottom = 76, 20, 12, 300
     points = [p for curve in curves for p in curve.points]
     x_max = max((p[0] for p in points), default=1.0) or 1.0
-    y_max = max([*(p[3] for p in points), limit or 0.0], default=1.0) * 1.08 or 1.0
+    highest = max((p[3] for p in points), default=1.0) or 1.0
+    far = limit is not None and limit > 4 * highest
+    y_max = 1.08 * (highest if limit is None or far else max(highest, limit))
 
     def place(x: float, y: float) -> tuple[float, float]:
         return (
@@ -90,18 +93,19 @@ def lines(
         f'<text x="{left}" y="{top}" class="soft">{escape(y_title)}</text>'
     )
     if limit is not None:
-        y = place(0, limit)[1]
+        y = top if far else place(0, limit)[1]
+        note = f"limit {limit:.3g}" + (", above this scale" if far else "")
         out.append(f'<path d="M{left} {y:.1f}H{_WIDTH - right}" class="limit"/>')
-        out.append(
-            f'<text x="{_WIDTH - right}" y="{y + 16:.1f}" text-anchor="end">limit {limit:.3g}</text>'
-        )
+        out.append(f'<text x="{_WIDTH - right}" y="{y + 16:.1f}" text-anchor="end">{note}</text>')
     for i, curve in enumerate(curves):
         out += _curve(curve, f"var(--c{i % COLOURS})", place)
     legend = [(c.name, f"var(--c{i % COLOURS})", c.theirs) for i, c in enumerate(curves)]
     return _svg(title, bottom + 46, out) + _legend(legend)
 
 
-def _curve(curve: Line, colour: str, place) -> list[str]:  # type: ignore[no-untyped-def]
+def _curve(
+    curve: Line, colour: str, place: Callable[[float, float], tuple[float, float]]
+) -> list[str]:
     ordered = sorted(curve.points)
     path = " ".join("{:.1f},{:.1f}".format(*place(x, y)) for x, y, _, _ in ordered)
     dash = ' stroke-dasharray="6 4"' if curve.theirs else ""
