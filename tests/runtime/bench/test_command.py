@@ -248,7 +248,7 @@ def test_a_worker_that_dies_or_refuses_says_so_in_one_line(folder: Path, tmp_pat
         (["OUT", "--target", "jetpack6"], "ort, rtx"),
         (["OUT", "--contexts", "63"], "exceed the cache of 64 rows"),
         (["OUT", "--prompt-tokens", "0"], "prompt_tokens is (0,), expected integers from 1"),
-        (["OUT", "--prompt-tokens", "57"], "exceed the cache of 64 rows"),
+        (["OUT", "--prompt-tokens", "58"], "expected room for one new token"),
         (["OUT", "--rounds", "9"], "max_rounds 6 is less than rounds 9"),
         (["OUT", "--image-size", "32"], "expected [width, height]"),
         (["OUT", "--plan", "OUT/tokenizer.json"], "unknown key"),
