@@ -151,7 +151,10 @@ def write_genai(python: Path, source: Path, folder: Path, block: int, threads: i
         ).stdout.strip()
         ours = sysconfig.get_paths()["purelib"]
         variables = {"PYTHONPATH": f"{path}:{ours}", "HF_HUB_OFFLINE": "1"}
-        subprocess.run([python, *command], check=True, env=dict(os.environ) | variables)
+        folder.mkdir(parents=True, exist_ok=True)
+        with (folder / "build.log").open("w") as log:
+            variables = dict(os.environ) | variables
+            subprocess.run([python, *command], check=True, env=variables, stdout=log, stderr=log)
     config = json.loads((folder / "genai_config.json").read_text())
     decoder_options = config["model"]["decoder"]["session_options"]
     decoder_options["intra_op_num_threads"] = threads
