@@ -83,14 +83,22 @@ class Session(Protocol):
 
 
 def open_session(
-    path: Path, *, threads: int | None = None, accuracy_level: int = FAST, backend: str = "ort"
+    path: Path,
+    *,
+    threads: int | None = None,
+    accuracy_level: int = FAST,
+    backend: str = "ort",
+    prepared: Path | None = None,
 ) -> Session:
-    """Open a graph. ``threads`` None leaves the number to the engine. SessionError if it fails."""
+    """Open a graph. ``threads`` None leaves the number to the engine. SessionError if it fails.
+
+    prepared: a folder where the engine keeps its own form of the graph, see prepared.py.
+    """
     if backend != "ort":
         raise SessionError(f"{path}: no backend {backend!r}, expected 'ort'")
     from qvlm_runtime.ort import OrtSession
 
-    return OrtSession(path, threads=threads, accuracy_level=accuracy_level)
+    return OrtSession(path, threads=threads, accuracy_level=accuracy_level, prepared=prepared)
 
 
 def missing_tensors(

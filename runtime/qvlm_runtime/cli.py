@@ -36,6 +36,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
     add("--threads", type=int, metavar="N", help="default: the engine's choice")
     add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
+    add(
+        "--prepared",
+        metavar="DIR",
+        help="where the engine keeps its form of the graphs (faster load)",
+    )
     add("--no-verify", action="store_true", help="do not compare the files' sha256")
     add("--stream", action="store_true", help="print the text while it is made")
     add("--json", action="store_true", help="one JSON object as the last line")
@@ -50,6 +55,7 @@ def _answer(args: argparse.Namespace) -> Generation:
         threads=args.threads,
         accuracy_level=level,
         verify=not args.no_verify,
+        prepared=args.prepared,
     ) as model:
         stream = model.stream(
             args.prompt,

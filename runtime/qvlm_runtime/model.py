@@ -291,13 +291,15 @@ def load(
     threads: int | None = None,
     accuracy_level: int = FAST,
     verify: bool = True,
+    prepared: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open a folder written by qvlm-export.
 
     target: None takes "ort" if the folder has it, else its only target. threads: None leaves the
     number to the engine. accuracy_level: 4 (fast) or 1 (exact), see backend.py. verify: compare the
     sha256 of every file that is opened with the manifest; False saves that read of the folder when
-    the application has done it before.
+    the application has done it before. prepared: a folder where the engine keeps its own form of
+    the graphs, so that the next load is faster and takes less memory, see prepared.py.
 
     FolderError or SessionError.
     """
@@ -313,9 +315,11 @@ def load(
     tokenizer = Tokenizer(root / _TEXT_FILES[0])
     template = ChatTemplate(root / _TEXT_FILES[1], manifest.model.template_tokens)
     paths = {graph: root / spec.graphs[graph] for graph in _GRAPHS}
-    vision = open_session(paths["vision"], threads=threads, accuracy_level=accuracy_level)
+    options: dict[str, Any] = {"threads": threads, "accuracy_level": accuracy_level}
+    options["prepared"] = None if prepared is None else Path(prepared)
+    vision = open_session(paths["vision"], **options)
     missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
-    session = open_session(paths["decoder"], threads=threads, accuracy_level=accuracy_level)
+    session = open_session(paths["decoder"], **options)
     decoder = Decoder(session, manifest.model, spec, str(paths["decoder"]))
     return Model(manifest, name, tokenizer, template, vision, decoder)
 

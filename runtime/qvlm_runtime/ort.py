@@ -19,6 +19,7 @@ import numpy as np
 
 from qvlm_runtime.backend import Array, Binding, Buffer, TensorInfo
 from qvlm_runtime.errors import SessionError
+from qvlm_runtime.prepared import prepared_graph
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -98,6 +99,7 @@ class OrtSession:
         threads: int | None,
         accuracy_level: int,
         profile: Path | None = None,
+        prepared: Path | None = None,
     ) -> None:
         try:
             import onnxruntime
@@ -107,23 +109,28 @@ class OrtSession:
             ) from error
         self._path = path
         self._version = onnxruntime.__version__
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _LOG_ERROR
-        if threads is not None:
-            options.intra_op_num_threads = threads
+        options = _options(onnxruntime, threads, accuracy_level)
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        level = str(accuracy_level)
-        options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
-        # Without VNNI the INT8 kernel adds pairs of products in 16 bits, which saturate: a
-        # tenth of the result was off on AVX2. This asks for the exact kernel there, and changes
-        # nothing where VNNI or AMX is present.
-        options.add_session_config_entry("session.x64quantprecision", "1")
+        graph = path
         try:
+            if prepared is not None:
+                graph = prepared_graph(
+                    path,
+                    prepared,
+                    self._version,
+                    accuracy_level,
+                    lambda target: _write_prepared(onnxruntime, path, target, accuracy_level),
+                )
+                options.graph_optimization_level = (
+                    onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
+                )
             self._native: Any = onnxruntime.InferenceSession(
-                str(path), options, providers=["CPUExecutionProvider"]
+                str(graph), options, providers=["CPUExecutionProvider"]
             )
+        except SessionError:
+            raise
         except Exception as error:
             raise self.failure("open", error) from error
         self.inputs = {t.name: _info(t) for t in self._native.get_inputs()}
@@ -163,6 +170,33 @@ class OrtSession:
     def close(self) -> None:
         """Release the graph."""
         self._native = None
+
+
+def _options(onnxruntime: Any, threads: int | None, accuracy_level: int) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = _LOG_ERROR
+    if threads is not None:
+        options.intra_op_num_threads = threads
+    level = str(accuracy_level)
+    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
+    # Without VNNI the INT8 kernel adds pairs of products in 16 bits, which saturate: a tenth of the
+    # result was off on AVX2. This asks for the exact kernel there, and changes nothing where VNNI
+    # or AMX is present.
+    options.add_session_config_entry("session.x64quantprecision", "1")
+    return options
+
+
+def _write_prepared(onnxruntime: Any, path: Path, target: Path, accuracy_level: int) -> None:
+    """Open a graph once so that ONNX Runtime writes what it made of it: fused, weights packed."""
+    options = _options(onnxruntime, None, accuracy_level)
+    options.optimized_model_filepath = str(target)
+    for entry, value in (
+        ("session.optimized_model_external_initializers_file_name", f"{target.name}.data"),
+        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
+        ("session.save_external_prepacked_constant_initializers", "1"),
+    ):
+        options.add_session_config_entry(entry, value)
+    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
 def executed_operators(

@@ -78,6 +78,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--image-size", type=_numbers(int, "x"), metavar="WxH", help="frames; default 640x480")
     add("--target", help="which target's graphs (default: ort, or the only one)")
     add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
+    add(
+        "--prepared",
+        metavar="DIR",
+        help="where the engine keeps its form of the graphs (faster load)",
+    )
     power = ("auto", "none", *SENSORS)
     add("--power", choices=power, default="auto", help="where energy is read (default: auto)")
     add("--no-floors", action="store_true", help="do not measure the machine's own limits")
@@ -163,6 +168,7 @@ def _all_threads(
                 target=args.target,
                 threads=threads or None,
                 accuracy_level=EXACT if args.exact else FAST,
+                prepared=args.prepared,
                 image_size=plan.image_size,
             )
             for folder in args.folders

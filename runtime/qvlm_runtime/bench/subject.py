@@ -100,6 +100,7 @@ class FolderSubject:
         target: str | None = None,
         threads: int | None = None,
         accuracy_level: int = FAST,
+        prepared: str | None = None,
         image_size: tuple[int, int] = (640, 480),
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -109,6 +110,7 @@ class FolderSubject:
             "target": target,
             "threads": threads,
             "accuracy_level": accuracy_level,
+            "prepared": prepared,
         }
         self._random = np.random.default_rng(0)
         self._model: Model | None = None
