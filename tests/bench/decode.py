@@ -53,6 +53,12 @@ class Shape:
     vocab: int = 32000
     positions: int = 2304
 
+    @staticmethod
+    def scaled(layers: int, hidden: int) -> Shape:
+        """The same proportions at another width, a multiple of 256: heads of 64, eight to a KV head."""
+        heads = hidden // 64
+        return Shape(layers, hidden, heads, max(1, heads // 8), mlp=hidden * 11 // 4)
+
     def config(self) -> LlamaConfig:
         return LlamaConfig(
             self.hidden,

@@ -1,5 +1,6 @@
 """This project's runtime: the exported decoder graph on ONNX Runtime. Arguments: graph, manifest spec as JSON,
-threads. Started by decode_peers.py.
+threads (0: the engine's choice), settings as JSON: "prepared", a folder, and session config entries of ONNX Runtime.
+Started by decode_peers.py and threads.py.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import Any
 from protocol import serve
 
 PATH, SPEC, THREADS = Path(sys.argv[1]), json.loads(sys.argv[2]), int(sys.argv[3])
+SETTINGS: dict[str, str] = json.loads(sys.argv[4])
 state: Any = None
 decoder: Any = None
 token = 0
@@ -25,8 +27,23 @@ def load() -> dict[str, Any]:
     from qvlm_runtime.decoder import Decoder
     from qvlm_runtime.manifest import ModelSpec, TargetSpec
 
+    kept = SETTINGS.pop("prepared", None)
+    original = onnxruntime.SessionOptions
+
+    def options() -> Any:
+        made = original()
+        for entry, value in SETTINGS.items():
+            made.add_session_config_entry(entry, value)
+        return made
+
+    onnxruntime.SessionOptions = options
     model = ModelSpec(**{**SPEC["model"], "eos_token_ids": tuple(SPEC["model"]["eos_token_ids"])})
-    session = open_session(PATH, threads=THREADS, accuracy_level=FAST)
+    session = open_session(
+        PATH,
+        threads=THREADS or None,
+        accuracy_level=FAST,
+        prepared=None if kept is None else Path(kept),
+    )
     decoder = Decoder(session, model, TargetSpec(**SPEC["target"]), "ours")
     return {"onnxruntime": onnxruntime.__version__}
 
