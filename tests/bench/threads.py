@@ -78,7 +78,7 @@ def main() -> None:
         runner.close()
     print(f"{cores} cores; read bandwidth {bandwidth / 1e9:.1f} GB/s")
     print(
-        "decode t/s  prefill t/s  load s  resident MB  share  decode time over default's, prefill"
+        "decode t/s  prefill t/s  load s  resident, own MB  share  decode time over default's, prefill"
     )
     for one in rows:
         load, times = loads[one["name"]], one["ours_over_theirs"]
@@ -87,7 +87,7 @@ def main() -> None:
         )
         print(
             f"{one['decode_tokens_per_second']:10.2f}  {one['prefill_tokens_per_second']:11.1f}  "
-            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:11.0f}  {one['share_of_bandwidth']:5.2f}  "
+            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  {one['share_of_bandwidth']:5.2f}  "
             f"{ratios}  {one['name']}"
         )
     if args.json:
