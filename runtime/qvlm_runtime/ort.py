@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from qvlm_runtime.backend import Array, Binding, Buffer, TensorInfo
+from qvlm_runtime.cores import thread_limit
 from qvlm_runtime.errors import SessionError
 from qvlm_runtime.prepared import prepared_graph
 
@@ -175,8 +176,7 @@ class OrtSession:
 def _options(onnxruntime: Any, threads: int | None, accuracy_level: int) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = _LOG_ERROR
-    if threads is not None:
-        options.intra_op_num_threads = threads
+    options.intra_op_num_threads = threads or thread_limit() or 0  # 0: ONNX Runtime's choice
     level = str(accuracy_level)
     options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
     # Without VNNI the INT8 kernel adds pairs of products in 16 bits, which saturate: a tenth of the

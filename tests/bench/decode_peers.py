@@ -336,7 +336,8 @@ def main() -> None:
         )
         print(
             f"{one['decode_tokens_per_second']:10.2f}  {one['prefill_tokens_per_second']:11.1f}  "
-            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  {one['bytes_per_step'] / 1e6:9.0f}  "
+            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  "
+            f"{one['bytes_per_step'] / 1e6:9.0f}  "
             f"{one['share_of_bandwidth']:5.2f}  {ratios}  {one['name']}"
         )
     if args.json:

@@ -87,7 +87,8 @@ def main() -> None:
         )
         print(
             f"{one['decode_tokens_per_second']:10.2f}  {one['prefill_tokens_per_second']:11.1f}  "
-            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  {one['share_of_bandwidth']:5.2f}  "
+            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  "
+            f"{one['share_of_bandwidth']:5.2f}  "
             f"{ratios}  {one['name']}"
         )
     if args.json:
