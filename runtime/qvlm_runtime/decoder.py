@@ -80,7 +80,6 @@ class DecoderState:
         # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
         self._one = {name: np.full((1, 1), -1, np.int64) for name in _TOKENS}
         self._bound_one = False
-        self._longest = 0
 
     @property
     def length(self) -> int:
@@ -117,21 +116,8 @@ class DecoderState:
         cache.bind(self._binding, count)
         self._binding.run()
         cache.advance(count)
-        self._longest = max(self._longest, cache.length)
         logits: NDArray[np.float32] = self._logits[0, 0].astype(np.float32)  # a copy
         return logits
-
-    def rewind(self, length: int) -> None:
-        """Go to ``length`` tokens: the next step runs behind those.
-
-        Rows stay in the cache until they are written over, so a sequence may also go forward again,
-        up to the most tokens it ever had. PromptError beyond that.
-        """
-        if not 0 <= length <= self._longest:
-            raise PromptError(
-                f"rewind: got {length}, expected 0 to {self._longest}, the most tokens seen."
-            )
-        self._cache.length = length
 
     def cache_rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values, each F [1, kv_heads, length, head_dim]."""

@@ -305,7 +305,7 @@ def load(
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    name = choose_target(root, manifest, target)
+    name = _choose_target(root, manifest, target)
     spec = manifest.targets[name]
     absent = [graph for graph in _GRAPHS if graph not in spec.graphs]
     if absent:
@@ -324,8 +324,7 @@ def load(
     return Model(manifest, name, tokenizer, template, vision, decoder)
 
 
-def choose_target(root: Path, manifest: Manifest, target: str | None) -> str:
-    """The target ``load`` opens; FolderError if the folder has none of that name."""
+def _choose_target(root: Path, manifest: Manifest, target: str | None) -> str:
     names = sorted(manifest.targets)
     if target is None:
         target = "ort" if "ort" in names else names[0] if len(names) == 1 else None

@@ -20,7 +20,7 @@ import numpy as np
 from qvlm_runtime.backend import Array, Binding, Buffer, TensorInfo
 from qvlm_runtime.cores import thread_limit
 from qvlm_runtime.errors import SessionError
-from qvlm_runtime.prepared import prepared_graph
+from qvlm_runtime.prepared import prepared_entries, prepared_graph
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -110,19 +110,19 @@ class OrtSession:
             ) from error
         self._path = path
         self._version = onnxruntime.__version__
-        options = _options(onnxruntime, threads, accuracy_level)
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _LOG_ERROR
+        options.intra_op_num_threads = threads or thread_limit() or 0  # 0: ONNX Runtime's choice
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
+        for entry, value in _entries(accuracy_level).items():
+            options.add_session_config_entry(entry, value)
         graph = path
         try:
             if prepared is not None:
                 graph = prepared_graph(
-                    path,
-                    prepared,
-                    self._version,
-                    accuracy_level,
-                    lambda target: _write_prepared(onnxruntime, path, target, accuracy_level),
+                    path, prepared, self._version, accuracy_level, self._write_prepared
                 )
                 options.graph_optimization_level = (
                     onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -137,6 +137,17 @@ class OrtSession:
         self.inputs = {t.name: _info(t) for t in self._native.get_inputs()}
         self.outputs = {t.name: _info(t) for t in self._native.get_outputs()}
         self._output_names = list(self.outputs)
+
+    def _write_prepared(self, target: Path, accuracy_level: int) -> None:
+        """Open the graph once so that ONNX Runtime writes what it made of it."""
+        import onnxruntime
+
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _LOG_ERROR
+        options.optimized_model_filepath = str(target)
+        for entry, value in (_entries(accuracy_level) | prepared_entries(target)).items():
+            options.add_session_config_entry(entry, value)
+        onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
 
     def native(self) -> Any:
         """The InferenceSession; SessionError after close."""
@@ -173,30 +184,15 @@ class OrtSession:
         self._native = None
 
 
-def _options(onnxruntime: Any, threads: int | None, accuracy_level: int) -> Any:
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = _LOG_ERROR
-    options.intra_op_num_threads = threads or thread_limit() or 0  # 0: ONNX Runtime's choice
-    level = str(accuracy_level)
-    options.add_session_config_entry("session.qdq_matmulnbits_accuracy_level", level)
-    # Without VNNI the INT8 kernel adds pairs of products in 16 bits, which saturate: a tenth of the
-    # result was off on AVX2. This asks for the exact kernel there, and changes nothing where VNNI
-    # or AMX is present.
-    options.add_session_config_entry("session.x64quantprecision", "1")
-    return options
-
-
-def _write_prepared(onnxruntime: Any, path: Path, target: Path, accuracy_level: int) -> None:
-    """Open a graph once so that ONNX Runtime writes what it made of it: fused, weights packed."""
-    options = _options(onnxruntime, None, accuracy_level)
-    options.optimized_model_filepath = str(target)
-    for entry, value in (
-        ("session.optimized_model_external_initializers_file_name", f"{target.name}.data"),
-        ("session.optimized_model_external_initializers_min_size_in_bytes", "1024"),
-        ("session.save_external_prepacked_constant_initializers", "1"),
-    ):
-        options.add_session_config_entry(entry, value)
-    onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+def _entries(accuracy_level: int) -> dict[str, str]:
+    """Session config entries that change the kernels."""
+    return {
+        "session.qdq_matmulnbits_accuracy_level": str(accuracy_level),
+        # Without VNNI the INT8 kernel adds pairs of products in 16 bits, which saturate: a tenth of
+        # the result was off on AVX2. This asks for the exact kernel there, and changes nothing
+        # where VNNI or AMX is present.
+        "session.x64quantprecision": "1",
+    }
 
 
 def executed_operators(

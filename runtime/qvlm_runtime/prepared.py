@@ -25,12 +25,16 @@ from qvlm_runtime.errors import SessionError
 
 
 def prepared_graph(
-    path: Path, folder: Path, version: str, accuracy_level: int, write: Callable[[Path], None]
+    path: Path,
+    folder: Path,
+    version: str,
+    accuracy_level: int,
+    write: Callable[[Path, int], None],
 ) -> Path:
     """The prepared form of the graph at ``path``, made by ``write`` if ``folder`` has none.
 
-    write: gets the path to write the graph to, its data beside it. Several processes may do this at once: the first
-    to finish is kept. SessionError if the folder cannot be written.
+    write: gets the path to write the graph to, its data beside it, and the accuracy level. Several processes may do
+    this at once: the first to finish is kept. SessionError if the folder cannot be written.
     """
     kept = folder / f"{path.stem}-{_key(path, version, accuracy_level)}"
     graph = kept / path.name
@@ -39,7 +43,7 @@ def prepared_graph(
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            write(Path(unfinished) / path.name)
+            write(Path(unfinished) / path.name, accuracy_level)
             try:
                 os.rename(unfinished, kept)
             except OSError:
@@ -52,6 +56,15 @@ def prepared_graph(
             f"{folder}: prepared graphs cannot be kept here ({error}). Give another folder, or none."
         ) from error
     return graph
+
+
+def prepared_entries(target: Path) -> dict[str, str]:
+    """ONNX Runtime's session config entries that write weights packed, in a file beside the graph."""
+    return {
+        "session.optimized_model_external_initializers_file_name": f"{target.name}.data",
+        "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
+        "session.save_external_prepacked_constant_initializers": "1",
+    }
 
 
 def _key(path: Path, version: str, accuracy_level: int) -> str:

@@ -74,7 +74,7 @@ def test_the_one_that_is_kept_is_the_one_that_is_opened(folder: Path, tmp_path: 
 def test_a_write_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     graph = folder / "ort/decoder.onnx"
 
-    def fails(path: Path) -> None:
+    def fails(path: Path, level: int) -> None:
         path.write_bytes(b"half")
         raise MemoryError
 
@@ -86,8 +86,10 @@ def test_a_write_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None
 def test_of_two_at_once_the_first_to_finish_is_kept(folder: Path, tmp_path: Path) -> None:
     graph = folder / "ort/decoder.onnx"
 
-    def slower(path: Path) -> None:
-        prepared.prepared_graph(graph, tmp_path, "1", 4, lambda p: p.write_bytes(b"first") and None)
+    def slower(path: Path, level: int) -> None:
+        prepared.prepared_graph(
+            graph, tmp_path, "1", 4, lambda p, _: p.write_bytes(b"first") and None
+        )
         path.write_bytes(b"second")
 
     found = prepared.prepared_graph(graph, tmp_path, "1", 4, slower)

@@ -32,7 +32,6 @@ from qvlm_runtime.bench.weights import graph_weights
 from qvlm_runtime.bench.worker import WorkerSubject
 from qvlm_runtime.errors import PromptError, RuntimeFault
 from qvlm_runtime.manifest import read_manifest
-from qvlm_runtime.model import choose_target
 
 _PLAN_FLAGS = {
     "prompt_tokens": (
@@ -154,7 +153,8 @@ def _all_threads(
 ) -> dict[str, Any]:
     """The whole of bench.json: one session per number of threads."""
     description, subjects = machine.describe(), list[dict[str, Any]]()
-    facts = [_facts(Path(folder), args.target) for folder in args.folders]
+    for folder in args.folders:
+        read_manifest(Path(folder))  # a folder that is none is told before anything is measured
     limits: dict[int, Limits] = {}
     ratio_rows, rounds_of = list[dict[str, Any]](), dict[str, Any]()
     for threads in plan.threads:
@@ -176,8 +176,8 @@ def _all_threads(
         samples, rounds = Session(plan, openers, machine.snapshot, readers, _say).run()
         _distinguish(samples)
         peak = result.device_peak([one.after.gpus for one in rounds])
-        for one, fact in zip(samples, facts, strict=True):
-            limit = machine.memory_limit()
+        for folder, one in zip(args.folders, samples, strict=True):
+            fact, limit = _facts(Path(folder), one.target), machine.memory_limit()
             subjects.append(result.subject(one, threads, fact, limits.get(threads), limit, peak))
         ratio_rows += ratios(samples) if args.ratio else []
         rounds_of[str(threads)] = [_round(one) for one in rounds]
@@ -206,10 +206,10 @@ def _round(one: Round) -> dict[str, Any]:
     return asdict(one)
 
 
-def _facts(folder: Path, target: str | None) -> result.Facts:
-    """What the folder says about itself; FolderError before anything is measured."""
+def _facts(folder: Path, target: str) -> result.Facts:
+    """What the folder says about itself."""
     manifest = read_manifest(folder)
-    spec = manifest.targets[choose_target(folder, manifest, target)]
+    spec = manifest.targets[target]
     graphs = {name: graph_weights(folder / spec.graphs[name]) for name in ("decoder", "vision")}
     return result.Facts(manifest.model, spec.dtype, graphs["decoder"], graphs["vision"])
 

@@ -45,6 +45,7 @@ class Samples:
     """What one subject gave. Sample i of every list was taken in round i."""
 
     name: str
+    target: str
     max_rows: int
     loads: list[Load]
     memory: dict[int, tuple[int, int]]  # context -> resident bytes, the most so far
@@ -132,13 +133,13 @@ class Session:
         for context in contexts:
             self.say(f"{subject.name}: filling the cache to {context} tokens")
             memory[context] = subject.fill(context)
-        return Samples(subject.name, rows, loads, memory)
+        return Samples(subject.name, subject.target(), rows, loads, memory)
 
     def _rounds(self, subjects: Sequence[Subject], samples: Sequence[Samples]) -> list[Round]:
         plan, rounds = self.plan, list[Round]()
         for _ in range(plan.warmup):
             self.say("warm-up")
-            spare = [Samples(one.name, one.max_rows, [], one.memory) for one in samples]
+            spare = [Samples(one.name, one.target, one.max_rows, [], one.memory) for one in samples]
             self._round(list(zip(subjects, spare, strict=True)))
         before = self.snapshot()
         while len(rounds) < plan.max_rounds:

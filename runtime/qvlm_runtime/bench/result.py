@@ -8,7 +8,7 @@
     power        {"sources": [{"source", "rails", "total"}], "not_available": {sensor: reason}}
     limits       {threads: {"read": bytes/s, "product": float32 operations/s}}, empty with --no-floors
     subjects     one for each folder and number of threads:
-      name, threads (0: the engine's choice), max_rows
+      name, target, threads (0: the engine's choice), max_rows
       load       seconds, verify_seconds: FIGURE; before_bytes, resident_bytes, peak_bytes
       cases      prompt_tokens, images, output_tokens as asked; total_prompt_tokens as it came out;
                  first_token: {preprocess, vision, prefill, other, whole: FIGURE of seconds}, where
@@ -73,6 +73,7 @@ def subject(
     loads = samples.loads
     return {
         "name": samples.name,
+        "target": samples.target,
         "threads": threads,
         "max_rows": samples.max_rows,
         "load": {

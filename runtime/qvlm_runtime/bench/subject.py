@@ -19,7 +19,9 @@ import numpy as np
 
 from qvlm_runtime.backend import FAST
 from qvlm_runtime.bench.plan import Case
+from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError
+from qvlm_runtime.image import pixel_values
 from qvlm_runtime.manifest import read_manifest, verify_files
 from qvlm_runtime.model import Model, load
 
@@ -64,6 +66,9 @@ class Subject(Protocol):
 
     def load(self) -> Load:
         """Open the model; the first call."""
+
+    def target(self) -> str:
+        """The target whose graphs were opened."""
 
     def max_rows(self) -> int:
         """Cache rows of a sequence."""
@@ -137,6 +142,10 @@ class FolderSubject:
         after, peak = memory()
         return Load(seconds, hashed - start, before, after, peak)
 
+    def target(self) -> str:
+        """The target whose graphs were opened."""
+        return self.model.target
+
     def max_rows(self) -> int:
         """Cache rows of a sequence."""
         return self.model.decoder.max_rows
@@ -155,7 +164,7 @@ class FolderSubject:
     def decode(self, context: int, steps: int) -> list[float]:
         """The sequence goes back to ``context`` rows first; what it decoded there is overwritten."""
         state = self._state
-        state.rewind(context)
+        move_to(state, context)
         times = []
         for _ in range(steps):
             start = self._clock()
@@ -187,16 +196,15 @@ class FolderSubject:
         elapsed = 0.0
         while count == 0 or elapsed < seconds:
             if part == "image":
-                pixels = self.model.prepare("", self._frames(1)).pixels
-                assert pixels is not None
+                pixels = pixel_values(self._frames(1), self.model.manifest.image)
                 self.model.image_features(pixels)
             else:
-                state.rewind(context)
+                move_to(state, context)
                 state.step((1,))
             count += 1
             elapsed = self._clock() - start
         if state is not None:
-            state.rewind(context)
+            move_to(state, context)
         return Repeated(count, elapsed)
 
     def peak_bytes(self) -> int:
@@ -243,6 +251,15 @@ def _least(wanted: int, tokens: Callable[[int], float]) -> int:
         else:
             high = middle
     return high
+
+
+def move_to(state: DecoderState, length: int) -> None:
+    """Let the next step run behind the first ``length`` tokens, fewer or more than now.
+
+    Only for timing: rows stay in the cache as they were last written, so going forward again is
+    sound as far as the sequence once reached, and saves a prefill of that length in every round.
+    """
+    state._cache.length = length
 
 
 def memory() -> tuple[int, int]:

@@ -24,7 +24,17 @@ from qvlm_runtime.bench.subject import FirstToken, FolderSubject, Load, Repeated
 from qvlm_runtime.errors import RuntimeFault, SessionError
 
 _CALLS = (
-    *("load", "max_rows", "fill", "decode", "first_token", "answer", "repeat", "peak_bytes"),
+    *(
+        "load",
+        "target",
+        "max_rows",
+        "fill",
+        "decode",
+        "first_token",
+        "answer",
+        "repeat",
+        "peak_bytes",
+    ),
     "close",
 )
 _STRUCTURES = (Load, FirstToken, Repeated)
@@ -72,6 +82,10 @@ class WorkerSubject:
     def load(self) -> Load:
         """Open the model in the worker."""
         return Load(**self._call("load"))
+
+    def target(self) -> str:
+        """The target whose graphs were opened."""
+        return str(self._call("target"))
 
     def max_rows(self) -> int:
         """Cache rows of a sequence."""

@@ -50,9 +50,11 @@ def load() -> dict[str, Any]:
 
 def prefill(prompt: list[int]) -> None:
     global state, token
+    from qvlm_runtime.bench.subject import move_to
+
     if state is None:
         state = decoder.start(decoder.max_rows)
-    state.rewind(0)
+    move_to(state, 0)
     token = int(state.step(prompt).argmax())
 
 

@@ -16,7 +16,7 @@ from qvlm_runtime.bench import cli, floors, measure
 from qvlm_runtime.bench.floors import decode_bytes, prefill_operations, vision_operations
 from qvlm_runtime.bench.page import to_html
 from qvlm_runtime.bench.plan import Case, Plan, read_plan
-from qvlm_runtime.bench.subject import FolderSubject
+from qvlm_runtime.bench.subject import FolderSubject, move_to
 from qvlm_runtime.bench.weights import GraphWeights
 from qvlm_runtime.bench.worker import WorkerSubject
 from qvlm_runtime.errors import PromptError, RuntimeFault, SessionError
@@ -218,7 +218,7 @@ def test_an_end_token_does_not_end_a_measured_answer(folder: Path) -> None:
     subject = FolderSubject(folder, image_size=(8, 8))
     subject.load()
     try:
-        assert subject.model.manifest.model.eos_token_ids == () and not subject.model._stop_ids
+        assert subject.model.manifest.model.eos_token_ids == ()
         subject.fill(16)
         first = subject.decode(16, 3)
         assert len(first) == len(subject.decode(8, 3)) == len(subject.decode(16, 3)) == 3
@@ -302,16 +302,13 @@ def test_a_plan_file_is_read_and_a_flag_goes_before_it(tmp_path: Path) -> None:
             read_plan(path, {})
 
 
-def test_rewinding_gives_the_logits_of_a_fresh_sequence(folder: Path) -> None:
+def test_moving_a_sequence_gives_the_logits_of_a_fresh_one(folder: Path) -> None:
     with load(folder) as model:
         state, fresh = model.decoder.start(16), model.decoder.start(16)
         state.step([5, 6, 7, 8])
-        state.step([9])
-        state.rewind(2)
+        move_to(state, 2)
         fresh.step([5, 6])
         assert (state.step([11]) == fresh.step([11])).all()
-        state.rewind(5)  # forward again: the rows behind were not touched
-        assert state.length == 5
-        for length in (-1, 6):
-            with pytest.raises(PromptError, match="expected 0 to 5"):
-                state.rewind(length)
+        move_to(state, 4)  # forward again: row 2 was written over, row 3 was not
+        fresh.step([8])
+        assert (state.step([12]) == fresh.step([12])).all()

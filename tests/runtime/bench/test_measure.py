@@ -45,6 +45,9 @@ class FakeSubject:
         self._note("load")
         return Load(1.0, 0.5, 10, 100, 120)
 
+    def target(self) -> str:
+        return "ort"
+
     def max_rows(self) -> int:
         return 600
 
