@@ -35,6 +35,7 @@ from qvlm_runtime.bench.figure import figure, ratio
 from qvlm_runtime.ort import OrtSession
 
 PREFIX = "model.vision_tower.vision_model"
+PROJECTOR = "model.multi_modal_projector"
 PROJECTIONS = ("q_proj", "k_proj", "v_proj", "out_proj")
 KINDS = ("float", "w8a8")
 PROFILED = 5
@@ -44,8 +45,13 @@ def config(layers: int) -> ClipConfig:
     return ClipConfig(1024, 4096, layers, 16, image_size=336, patch_size=14)
 
 
-def write_checkpoint(folder: Path, c: ClipConfig, kind: str) -> Checkpoint:
-    """Random weights: N(0, 0.02) in float16, or random integers with scales of that size."""
+def write_checkpoint(
+    folder: Path, c: ClipConfig, kind: str, projected: int | None = None
+) -> Checkpoint:
+    """Random weights: N(0, 0.02) in float16, or random integers with scales of that size.
+
+    projected: the width of a projector's output; None writes no projector.
+    """
     rng = np.random.default_rng(0)
     writer = CheckpointWriter(folder)
 
@@ -64,19 +70,23 @@ def write_checkpoint(folder: Path, c: ClipConfig, kind: str) -> Checkpoint:
     attention = [(f"self_attn.{p}", c.hidden_size, c.hidden_size) for p in PROJECTIONS]
     mlp = [("mlp.fc1", c.intermediate_size, c.hidden_size)]
     mlp += [("mlp.fc2", c.hidden_size, c.intermediate_size)]
+    linears = []
     for i in range(c.num_hidden_layers):
         layer = f"{PREFIX}.encoder.layers.{i}"
         norm(f"{layer}.layer_norm1")
         norm(f"{layer}.layer_norm2")
-        for name, out, columns in attention + mlp:
-            add(f"{layer}.{name}.bias", out)
-            if kind == "float":
-                add(f"{layer}.{name}.weight", out, columns)
-                continue
-            integers = rng.integers(-127, 128, (out, columns), np.int8)
-            scale = np.full((out, 1), np.float16(0.02 / 73), np.float32)
-            linear = QuantizedLinear(integers, scale, FORMATS[kind])
-            writer.add_linear("vision", f"{layer}.{name}", linear)
+        linears += [(f"{layer}.{name}", out, columns) for name, out, columns in attention + mlp]
+    if projected is not None:
+        linears.append((f"{PROJECTOR}.linear_1", projected, c.hidden_size))
+        linears.append((f"{PROJECTOR}.linear_2", projected, projected))
+    for name, out, columns in linears:
+        add(f"{name}.bias", out)
+        if kind == "float":
+            add(f"{name}.weight", out, columns)
+            continue
+        integers = rng.integers(-127, 128, (out, columns), np.int8)
+        scale = np.full((out, 1), np.float16(0.02 / 73), np.float32)
+        writer.add_linear("vision", name, QuantizedLinear(integers, scale, FORMATS[kind]))
     writer.close({"model_type": "llava"}, RECIPES["w8a8"], {})
     return Checkpoint(folder)
 

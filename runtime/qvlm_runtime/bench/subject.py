@@ -234,16 +234,24 @@ class FolderSubject:
                     return math.inf
                 return len(ready.token_ids) - marks
 
-            count = _least(case.prompt_tokens, tokens)
+            count = least_words(case.prompt_tokens, tokens)
             self._prompts[key] = " ".join(["the"] * count)
         return self._prompts[key]
 
 
-def _least(wanted: int, tokens: Callable[[int], float]) -> int:
-    """The least number of words, 1 or more, that makes ``wanted`` tokens."""
+def least_words(wanted: int, tokens: Callable[[int], float]) -> int:
+    """The least number of words, 1 or more, that makes ``wanted`` tokens.
+
+    PromptError if words make no tokens, as with a tokenizer that takes a text for one word.
+    """
     low, high = 0, 1
     while tokens(high) < wanted:
         low, high = high, 2 * high
+        if high > 4 * wanted + 64:
+            raise PromptError(
+                f"prompt_tokens: {low} words make {tokens(low)} tokens, expected {wanted}. "
+                "This folder's tokenizer cannot be measured."
+            )
     while high - low > 1:
         middle = (low + high) // 2
         if tokens(middle) < wanted:

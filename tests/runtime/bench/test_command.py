@@ -6,6 +6,7 @@ No time is asserted: the figures are checked for what must hold on any machine.
 
 import html.parser
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from qvlm_runtime.bench import cli, floors, measure
 from qvlm_runtime.bench.floors import decode_bytes, prefill_operations, vision_operations
 from qvlm_runtime.bench.page import to_html
 from qvlm_runtime.bench.plan import Case, Plan, read_plan
-from qvlm_runtime.bench.subject import FolderSubject, move_to
+from qvlm_runtime.bench.subject import FolderSubject, least_words, move_to
 from qvlm_runtime.bench.weights import GraphWeights
 from qvlm_runtime.bench.worker import WorkerSubject
 from qvlm_runtime.errors import PromptError, RuntimeFault, SessionError
@@ -312,3 +313,15 @@ def test_moving_a_sequence_gives_the_logits_of_a_fresh_one(folder: Path) -> None
         move_to(state, 4)  # forward again: row 2 was written over, row 3 was not
         fresh.step([8])
         assert (state.step([12]) == fresh.step([12])).all()
+
+
+def test_the_number_of_words_is_the_least_and_a_tokenizer_without_words_is_refused() -> None:
+    calls = []
+
+    def tokens(words: int) -> float:
+        calls.append(words)
+        return 3 + 2 * words if words < 50 else math.inf
+
+    assert [least_words(n, tokens) for n in (1, 5, 6, 7, 64, 101, 102)] == [1, 1, 2, 2, 31, 49, 50]
+    with pytest.raises(PromptError, match="words make 1 tokens, expected 20"):
+        least_words(20, lambda words: 1)
