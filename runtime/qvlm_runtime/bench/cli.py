@@ -23,7 +23,7 @@ from qvlm_runtime.bench import result
 from qvlm_runtime.bench.floors import Limits, measure_limits
 from qvlm_runtime.bench.foreign import Foreign, read_foreign
 from qvlm_runtime.bench.machine import Machine
-from qvlm_runtime.bench.measure import Round, Samples, Session, ratios
+from qvlm_runtime.bench.measure import Samples, Session, ratios
 from qvlm_runtime.bench.page import to_html
 from qvlm_runtime.bench.plan import Plan, read_plan
 from qvlm_runtime.bench.power import PowerReader, choose
@@ -114,6 +114,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if args.ratio and len(args.folders) < 2:
             raise PromptError("--ratio: one folder given, expected at least two.")
         foreign = [one for path in args.foreign for one in read_foreign(path)]
+        _make_folder(args.output)
         data = _measure(args, plan, foreign)
         _write(args.output, data)
     except RuntimeFault as fault:
@@ -180,7 +181,7 @@ def _all_threads(
             fact, limit = _facts(Path(folder), one.target), machine.memory_limit()
             subjects.append(result.subject(one, threads, fact, limits.get(threads), limit, peak))
         ratio_rows += ratios(samples) if args.ratio else []
-        rounds_of[str(threads)] = [_round(one) for one in rounds]
+        rounds_of[str(threads)] = [asdict(one) for one in rounds]
     return {
         "schema": result.SCHEMA,
         "version": _version(),
@@ -200,10 +201,6 @@ def _all_threads(
         "rounds": rounds_of,
         "imported": [asdict(one) for one in foreign],
     }
-
-
-def _round(one: Round) -> dict[str, Any]:
-    return asdict(one)
 
 
 def _facts(folder: Path, target: str) -> result.Facts:
@@ -230,9 +227,20 @@ def _version() -> str:
         return "not installed"
 
 
+def _make_folder(folder: Path) -> None:
+    """Before anything is measured: a result that cannot be written is an hour lost."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".bench.json.part").touch()
+    except OSError as error:
+        raise PromptError(
+            f"{folder}: cannot be written ({error}). Give another --output."
+        ) from error
+    (folder / ".bench.json.part").unlink()
+
+
 def _write(folder: Path, data: dict[str, Any]) -> None:
     """Both files, each replaced in one step."""
-    folder.mkdir(parents=True, exist_ok=True)
     texts = {"bench.json": json.dumps(data, indent=2) + "\n", "bench.html": to_html(data)}
     for name, text in texts.items():
         part = folder / f".{name}.part"

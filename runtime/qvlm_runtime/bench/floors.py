@@ -91,15 +91,22 @@ def vision_operations(weights: GraphWeights, model: ModelSpec, images: int) -> f
 
 
 def read_bandwidth(threads: int, nbytes: int) -> float:
-    """Bytes per second of summing an array, the better of two kernels, best of five."""
-    parts = np.array_split(np.ones(nbytes // 4, np.float32), threads)
-    kernels: tuple[Callable[[np.ndarray], object], ...] = (np.add.reduce, lambda a: np.dot(a, a))
+    """Bytes per second of summing an array, the better of two ways, best of five.
+
+    NumPy's sum in ``threads`` threads, and the dot product with itself by BLAS' own threads.
+    """
+    data = np.ones(nbytes // 4, np.float32)
+    parts = np.array_split(data, threads)
     best = 0.0
     with ThreadPoolExecutor(threads) as pool:
-        for kernel in kernels:
+        ways: tuple[Callable[[], object], ...] = (
+            lambda: list(pool.map(np.add.reduce, parts)),
+            lambda: np.dot(data, data),
+        )
+        for way in ways:
             for _ in range(_TAKES):
                 start = time.perf_counter()
-                list(pool.map(kernel, parts))
+                way()
                 best = max(best, nbytes / (time.perf_counter() - start))
     return best
 

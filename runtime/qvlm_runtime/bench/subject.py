@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -106,7 +106,7 @@ class FolderSubject:
         threads: int | None = None,
         accuracy_level: int = FAST,
         prepared: str | None = None,
-        image_size: tuple[int, int] = (640, 480),
+        image_size: Sequence[int] = (640, 480),
         clock: Clock = time.perf_counter,
     ) -> None:
         self.name = str(folder)

@@ -37,6 +37,7 @@ _CALLS = (
     ),
     "close",
 )
+_PATIENCE = 10.0  # seconds to release a model
 _STRUCTURES = (Load, FirstToken, Repeated)
 
 
@@ -52,6 +53,7 @@ class WorkerSubject:
             stdout=subprocess.PIPE,
             text=True,
             env=dict(os.environ) | {"PYTHONPATH": import_path()},
+            start_new_session=True,  # Ctrl-C is for the parent, which closes the pipe
         )
 
     def _call(self, name: str, *arguments: Any) -> Any:
@@ -124,7 +126,11 @@ class WorkerSubject:
                 process.stdin.close()
             except BrokenPipeError:
                 process.kill()  # it is gone or going; its exit code was told by the call that failed
-        process.wait()
+        try:
+            process.wait(_PATIENCE)
+        except subprocess.TimeoutExpired:  # interrupted in the middle of a long call
+            process.kill()
+            process.wait()
         if process.stdout is not None:
             process.stdout.close()
 
@@ -148,6 +154,4 @@ def _serve(subject: FolderSubject) -> None:
 
 
 if __name__ == "__main__":
-    given = json.loads(sys.argv[2])
-    given["image_size"] = tuple(given["image_size"])
-    _serve(FolderSubject(Path(sys.argv[1]), **given))
+    _serve(FolderSubject(Path(sys.argv[1]), **json.loads(sys.argv[2])))

@@ -256,6 +256,7 @@ def test_a_worker_that_dies_or_refuses_says_so_in_one_line(folder: Path, tmp_pat
         (["OUT", "--plan", "OUT/chat_template.jinja"], "not a plan in JSON"),
         (["OUT", "--with", "OUT/tokenizer.json"], "no result in it"),
         (["OUT", "--power", "ina3221"], "no INA3221 power monitor"),
+        (["OUT", "--output", "OUT/tokenizer.json/below"], "cannot be written"),
     ],
 )
 def test_a_user_s_mistake_is_one_line_and_exit_1(
@@ -273,6 +274,27 @@ def test_a_user_s_mistake_is_one_line_and_exit_1(
     err = capsys.readouterr().err.splitlines()
     assert message in err[-1] and err[-1].startswith("qvlm-bench: ")
     assert not any("Traceback" in line for line in err) and not list(tmp_path.iterdir())
+
+
+def test_an_interrupt_is_one_line_and_leaves_no_worker(
+    folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    workers: list[WorkerSubject] = []
+
+    def interrupted(self: WorkerSubject) -> None:
+        workers.append(self)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(WorkerSubject, "load", interrupted)
+    assert cli.main([str(folder), *FLAGS, "--no-floors", "--output", str(tmp_path)]) == 1
+    err = capsys.readouterr().err.splitlines()
+    assert err[-1] == "qvlm-bench: interrupted, nothing was written" and not list(
+        tmp_path.iterdir()
+    )
+    assert workers and all(one._process.returncode is not None for one in workers)
 
 
 @pytest.mark.parametrize("argv", [[], ["out", "--rounds", "x"], ["out", "--threads", "1,x"]])

@@ -161,6 +161,22 @@ def test_ina3221_counts_energy(tmp_path: Path) -> None:
         reader.close()
 
 
+def test_a_sensor_that_fails_on_the_way_makes_the_energy_fail(tmp_path: Path) -> None:
+    reader = Ina3221(jetpack6(tmp_path))
+    try:
+        (tmp_path / "sys/class/hwmon/hwmon1/in1_input").write_text("")
+        with pytest.raises(Unavailable, match="a sensor failed"):
+            reader.joules()
+    finally:
+        reader.close()
+    stats = Tegrastats(fake_tegrastats(tmp_path, ORIN_NANO))
+    stats._process.terminate()
+    stats._process.wait()
+    with pytest.raises(Unavailable, match="tegrastats ended"):
+        stats.joules()
+    stats.close()
+
+
 def rapl_tree(root: Path, package: int, dram: int) -> Path:
     base = "sys/class/powercap"
     domains = {

@@ -72,26 +72,38 @@ class Integrator:
 
 
 class Sampler:
-    """Reads power in a thread every ``interval`` seconds and integrates it."""
+    """Reads power in a thread every ``interval`` seconds and integrates it.
+
+    A sensor that fails on the way makes ``joules`` fail: energy with a hole in it is no energy.
+    """
 
     def __init__(self, watts: Callable[[], Rails], interval: float) -> None:
         self._watts, self._interval = watts, interval
         self._integrator, self._stop = Integrator(), threading.Event()
+        self._lock = threading.Lock()  # samples must arrive in the order of their times
+        self._failure: Exception | None = None
         self._integrator.add(time.perf_counter(), watts())
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
 
     def _run(self) -> None:
-        while not self._stop.wait(self._interval):
+        while not self._stop.wait(self._interval) and self._failure is None:
             self._sample()
 
     def _sample(self) -> None:
-        watts = self._watts()
-        self._integrator.add(time.perf_counter(), watts)
+        with self._lock:
+            try:
+                watts = self._watts()
+            except (OSError, ValueError, Unavailable) as error:
+                self._failure = error
+                return
+            self._integrator.add(time.perf_counter(), watts)
 
     def joules(self) -> dict[str, float]:
-        """Joules since the start, with one more sample taken now."""
+        """Joules since the start, with one more sample taken now. Unavailable if one failed."""
         self._sample()
+        if self._failure is not None:
+            raise Unavailable(f"power: a sensor failed ({self._failure}). Use --power none.")
         return self._integrator.until(time.perf_counter())
 
     def close(self) -> None:

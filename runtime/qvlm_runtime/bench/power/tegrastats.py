@@ -52,7 +52,9 @@ class Tegrastats:
             self._first.set()
 
     def joules(self) -> dict[str, float]:
-        """Joules of every rail since the first line."""
+        """Joules of every rail since the first line. Unavailable if tegrastats has ended."""
+        if self._process.poll() is not None:
+            raise Unavailable("power: tegrastats ended. Use --power none.")
         return self._integrator.until(time.perf_counter())
 
     def close(self) -> None:
