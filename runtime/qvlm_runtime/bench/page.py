@@ -79,7 +79,8 @@ def to_html(data: Mapping[str, Any]) -> str:
 
 def _name(subject: Mapping[str, Any]) -> str:
     threads = subject["threads"]
-    return f"{subject['name']}, {threads} threads" if threads else str(subject["name"])
+    words = f"{threads} thread{'s' if threads > 1 else ''}"
+    return f"{subject['name']}, {words}" if threads else str(subject["name"])
 
 
 def _machine(data: Mapping[str, Any]) -> str:
@@ -137,7 +138,7 @@ def _first_token(subjects: Sequence[Any], imported: Sequence[Any]) -> str:
 
 def _first_token_table(subjects: Sequence[Any]) -> str:
     head = ["", "text tokens", "images", *(f"{p}, ms" for p in (*PARTS, "whole"))]
-    head += ["whole answer, ms", "prefill, vision: share of the float32 peak"]
+    head += ["whole answer, ms", "of float32 peak: prefill, vision"]
     rows = []
     for subject in subjects:
         for case in subject["cases"]:

@@ -67,7 +67,7 @@ def lines(
     title: str, x_title: str, y_title: str, curves: Sequence[Line], limit: float | None = None
 ) -> str:
     """Curves over a linear x from 0; a dashed line at ``limit``, or at the top if that is far above."""
-    left, right, top, bottom = 76, 20, 12, 300
+    left, right, top, bottom = 76, 20, 26, 300
     points = [p for curve in curves for p in curve.points]
     x_max = max((p[0] for p in points), default=1.0) or 1.0
     highest = max((p[3] for p in points), default=1.0) or 1.0
@@ -90,7 +90,7 @@ def lines(
         out.append(f'<text x="{x:.1f}" y="{bottom + 18}" text-anchor="middle">{tick:g}</text>')
     out.append(
         f'<text x="{_WIDTH - right}" y="{bottom + 38}" text-anchor="end" class="soft">{escape(x_title)}</text>'
-        f'<text x="{left}" y="{top}" class="soft">{escape(y_title)}</text>'
+        f'<text x="{left}" y="14" class="soft">{escape(y_title)}</text>'
     )
     if limit is not None:
         y = top if far else place(0, limit)[1]
