@@ -1,15 +1,15 @@
 """ONNX Runtime's settings for one decoder, one process each, in turn: how many threads, whether they spin, what is
 packed. Decode and prefill of the 1.1B shape at w4a16; speeds are against the runtime's own default, with intervals.
 
-    threads 0       ONNX Runtime's choice: one thread a physical core, each tied to its core. It looks at the
-                    machine and not at a container's share of it
+    default         what the runtime does: ONNX Runtime's choice, one thread a physical core, each tied to its core;
+                    fewer where a container or taskset allows fewer (qvlm_runtime/cores.py)
     threads n       n threads, not tied
-    no spinning     a thread that waits for work sleeps at once. Waking it costs some 10 us at each of the ~300
-                    products of a step, so decode loses; prefill, with long products, hardly does
+    no spinning     a thread that waits for work sleeps at once: waking costs time at every product, and another
+                    program gets the core meanwhile
     stop spinning   threads spin inside a run and sleep as soon as it ends: for applications that do other work
                     between two tokens on the same cores
     block base 4    a product is cut into more, uneven pieces: for cores of unequal speed (big.LITTLE)
-    no prepacking   weights are not packed when the graph is opened: less memory, slower products
+    no prepacking   weights are not packed when the graph is opened: INT4 products then take many times as long
     prepared        the packed form is mapped from disk, see qvlm_runtime/prepared.py
 
 Run: python tests/bench/threads.py --work DIR [--layers 22] [--rounds 9]   (DIR as for decode_peers.py)
