@@ -9,7 +9,8 @@
     limits       {threads: {"read": bytes/s, "product": float32 operations/s}}, empty with --no-floors
     subjects     one for each folder and number of threads:
       name, target, threads (0: the engine's choice), max_rows
-      load       seconds, verify_seconds: FIGURE; before_bytes, resident_bytes, peak_bytes
+      load       seconds (files in the page cache, imports included), verify_seconds (hashing them):
+                 FIGURE; before_bytes, resident_bytes, peak_bytes
       cases      prompt_tokens, images, output_tokens as asked; total_prompt_tokens as it came out;
                  first_token: {preprocess, vision, prefill, other, whole: FIGURE of seconds}, where
                  other = whole - the three; answer_seconds: FIGURE or null;
