@@ -18,7 +18,7 @@ from qvlm_export.graph import GraphBuilder
 from qvlm_export.ops import heads_first
 
 # Finite, so that a Sub or a Cast downstream makes no NaN; far below any score.
-MASKED = {ir.DataType.FLOAT: -1e30, ir.DataType.FLOAT16: -65504.0}
+MASKED = {ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.FLOAT16: -65504.0}
 
 
 @dataclass(frozen=True)

@@ -261,10 +261,26 @@ def _targets_parser() -> Command:
 
 
 def _targets(args: argparse.Namespace) -> Answer:
-    for target in TARGETS.values():
-        print(
-            f"{target.name:<10} opset {target.opset}  {target.dtype:<8} cache {target.cache:<8} {target.hardware}"
+    rows = [
+        (
+            target.name,
+            target.release or "-",
+            str(target.opset),
+            " ".join(target.dtypes),
+            " ".join(target.caches),
+            " ".join(map(str, target.int4_sizes)),
+            " ".join(map(str, target.sm)) or "-",
+            target.hardware,
         )
+        for target in TARGETS.values()
+    ]
+    head = ("target", "release", "opset", "dtype", "cache", "INT4 blocks", "sm", "runs on")
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print("The first dtype and the first cache are the defaults.")
     return 0, {name: asdict(target) for name, target in TARGETS.items()}
 
 
