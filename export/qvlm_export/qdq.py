@@ -28,6 +28,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -147,8 +148,9 @@ def _static_scale(b: GraphBuilder, name: str) -> float:
             f"{name}: non-zero input zero point; TensorRT takes symmetric INT8 only (rule Q-01)"
         )
     values = b.weights.checkpoint.float_tensor(key)
-    stored = float(values.reshape(-1)[0].astype(b.weights.dtype)) if values.size == 1 else math.nan
-    tiny = float(np.finfo(b.weights.dtype).tiny)
+    type_ = b.float_type.numpy()
+    stored = float(values.reshape(-1)[0].astype(type_)) if values.size == 1 else math.nan
+    tiny = float(ml_dtypes.finfo(type_).tiny)
     if not tiny <= stored < math.inf:
         raise ExportError(
             f"{name}: input scale {values.reshape(-1)[:3].tolist()}, "

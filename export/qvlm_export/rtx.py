@@ -183,8 +183,8 @@ def profiles(graph: str, model: ModelSpec, cache: CacheForm = "append") -> list[
     decoder.
 
     Prefill: S 1..max_context behind an empty cache (P = 0 exactly, which saves the past's copies).
-    Decode: S = 1, P 1..max_context - 1. A "scatter" cache has fixed shapes. image_features: from one row to as many images as the
-    context holds.
+    Decode: S = 1, P 1..max_context - 1. A "scatter" cache has fixed shapes.
+    image_features: from one row to as many images as the context holds.
     """
     if graph == "vision":
         return []
