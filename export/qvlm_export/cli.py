@@ -23,8 +23,9 @@ from typing import Any
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
-from qvlm_export.targets import TARGETS
+from qvlm_export.targets import TARGETS, Variant
 from qvlm_runtime.errors import RuntimeFault
+from qvlm_runtime.manifest import CACHE_FORMS, DTYPES
 
 Answer = tuple[int, dict[str, Any]]
 
@@ -90,6 +91,14 @@ def _export_parser() -> Command:
     )
     add("--samples", type=int, metavar="N", help="calibration samples (default 64)")
     add("--seed", type=int, metavar="S", help="draw of the calibration samples (default 0)")
+    add("--dtype", choices=DTYPES, help="float type of the graphs; default: the target's first")
+    add("--cache", choices=CACHE_FORMS, help="key/value cache; default: the target's first")
+    add(
+        "--max-tensor",
+        type=int,
+        metavar="MB",
+        help="store the output projection in pieces of at most MB megabytes",
+    )
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
     add(
         "--sm",
@@ -126,6 +135,7 @@ def _export(args: argparse.Namespace) -> Answer:
         args.calib,
         args.max_context,
         tuple(args.sm or ()),
+        Variant(args.dtype, args.cache, args.max_tensor and args.max_tensor * 10**6),
     )
     if args.dry_run:
         data = _dry_run(request)

@@ -25,7 +25,7 @@ from qvlm_export.build import build, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
 from qvlm_export.report import Report, component_rows, divergence, to_html
-from qvlm_export.targets import Target, named_target
+from qvlm_export.targets import DEFAULT, Target, Variant, named_target
 from qvlm_export.verify import verify_target
 from qvlm_runtime.manifest import TargetSpec
 
@@ -41,7 +41,8 @@ class Request:
     """What to export.
 
     source: a local directory, a hub id, a quantized checkpoint or "demo"; calib: folder or None for
-    the shipped samples; capabilities: GPU generations that target rtx is compiled for (86, 89).
+    the shipped samples; capabilities: GPU generations that target rtx is compiled for (86, 89);
+    variant: what is asked of every target.
     """
 
     source: str
@@ -50,6 +51,7 @@ class Request:
     calib: str | None = None
     max_context: int | None = None
     capabilities: tuple[int, ...] = ()
+    variant: Variant = DEFAULT
 
     def to_json(self) -> Any:
         """What ``state.json`` compares between the interrupted and the resuming run."""
@@ -155,7 +157,7 @@ def _check(request: Request, out: Path, overwrite: bool) -> tuple[Target, ...]:
         raise ExportError(f"{out}: exists. Give another folder, or --overwrite.")
     if not out.parent.is_dir():
         raise ExportError(f"{out.parent}: no such directory. Make it first.")
-    return tuple(named_target(name) for name in request.targets)
+    return tuple(named_target(name, request.variant) for name in request.targets)
 
 
 def is_quantized(source: str) -> bool:

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import ml_dtypes
@@ -50,8 +50,8 @@ TOKEN_FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear as the graph will have it: weight [out_features, in_features] of the
-    checkpoint.
+    """One linear as the graph will have it: weight [out_features, in_features] of the checkpoint, of
+    which it takes the rows from ``first`` on.
     """
 
     name: str
@@ -60,6 +60,17 @@ class LinearPlan:
     in_features: int
     input_scale: float | None = None
     block: int | None = None
+    first: int = 0
+    whole: bool = True
+
+    @property
+    def stored(self) -> str:
+        """What its constants are called: the linear's name, and where a piece of it begins."""
+        return self.name if self.whole else f"{self.name}.{self.first}"
+
+    def rows(self, array: Array) -> Array:
+        """Its rows of an array [out_features, ...] of the whole linear."""
+        return array[self.first : self.first + self.out_features]
 
     @property
     def merge_key(self) -> tuple[str, float | None] | None:
@@ -171,17 +182,46 @@ def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value
     outputs: dict[str, ir.Value] = {}
     for group in groups.values():
         with b.scope("+".join(p.name.rsplit(".", 1)[-1] for p in group)):
-            if group[0].kind in ("token", "static"):
-                parts = _int8(b, x, group)
-            else:
-                parts = [_bias(b, _matmul(b, x, group[0]), group)]
+            parts = _product(b, x, group)
         outputs.update(zip((p.name for p in group), parts, strict=True))
     return [outputs[name] for name in names]
+
+
+def _product(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
+    if group[0].kind in ("token", "static"):
+        return _int8(b, x, group)
+    return [_bias(b, _matmul(b, x, group[0]), group)]
 
 
 def linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     """One linear, [1, S, K] to [1, S, N]."""
     return linears(b, x, [name])[0]
+
+
+def head_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """The output projection [1, 1, K] to [1, 1, N], in pieces of at most the target's
+    ``max_constant`` bytes.
+
+    Pieces are even in size and number of columns: INT4 stores pairs.
+    """
+    one, limit = plan(b, name), b.target.max_constant
+    bits = {"int4": 4, "float": 8 * b.float_type.itemsize}.get(one.kind, 8)
+    column = one.in_features * bits / 8
+    count = 1 if limit is None else math.ceil(one.out_features * column / limit)
+    if count == 1:
+        return linear(b, x, name)
+    width = 2 * math.ceil(one.out_features / count / 2)
+    edges = range(0, one.out_features, width)
+    sizes = [min(width, one.out_features - first) for first in edges]
+    pieces = [
+        replace(one, first=first, out_features=size, whole=False)
+        for first, size in zip(edges, sizes, strict=True)
+    ]
+    parts = []
+    for i, piece in enumerate(pieces):
+        with b.scope(f"{name.rsplit('.', 1)[-1]}.{i}"):
+            parts.append(_product(b, x, [piece])[0])
+    return b.op("Concat", *parts, axis=-1)
 
 
 def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
@@ -206,8 +246,8 @@ def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
         _mark(product, [one])
         return product
     shape = (one.in_features, one.out_features)
-    weight = b.weights.stored(f"{one.name}.weight", shape, np.transpose)
-    return b.op("MatMul", x, b.constant(f"{one.name}.weight", weight))
+    weight = b.weights.stored(f"{one.name}.weight", shape, lambda array: one.rows(array).T)
+    return b.op("MatMul", x, b.constant(f"{one.stored}.weight", weight))
 
 
 def _mark(product: ir.Value, group: Sequence[LinearPlan]) -> None:
@@ -222,14 +262,15 @@ def _bias(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> ir.Value
     if not present:
         return x
     for p in present:
-        b.weights.expect(f"{p.name}.bias", (p.out_features,))
+        if p.whole:
+            b.weights.expect(f"{p.name}.bias", (p.out_features,))
     checkpoint = b.weights.checkpoint
 
     def make() -> Array:
         zeros = [np.zeros(p.out_features, np.float32) for p in group]
         for i, p in enumerate(group):
             if p in present:
-                zeros[i] = checkpoint.float_tensor(f"{p.name}.bias")
+                zeros[i] = p.rows(checkpoint.float_tensor(f"{p.name}.bias"))
         return np.concatenate(zeros)
 
     name = _joint(group, "bias")
@@ -239,6 +280,8 @@ def _bias(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> ir.Value
 
 def _joint(group: Sequence[LinearPlan], suffix: str) -> str:
     """``prefix.q_proj+k_proj.suffix``."""
+    if len(group) == 1:
+        return f"{group[0].stored}.{suffix}"
     prefix, _, first = group[0].name.rpartition(".")
     rest = [p.name.rsplit(".", 1)[-1] for p in group[1:]]
     return f"{prefix}.{'+'.join([first, *rest])}.{suffix}" if prefix else f"{first}.{suffix}"
@@ -260,13 +303,27 @@ def _scales(checkpoint: Checkpoint, name: str) -> Array:
     return scale
 
 
+def _row_scales(checkpoint: Checkpoint, one: LinearPlan) -> Array:
+    """INT8 weight scales of its rows [out_features], one per tensor repeated."""
+    scales = _scales(checkpoint, one.name)[:, 0]
+    if len(scales) == 1:
+        return np.broadcast_to(scales, one.out_features)
+    return one.rows(scales)
+
+
 def _int4_weight(b: GraphBuilder, one: LinearPlan) -> ir.Value:
-    checkpoint, name, block = b.weights.checkpoint, one.name, one.block
+    checkpoint, name, block = b.weights.checkpoint, one.stored, one.block
     assert block is not None
     shape = (one.in_features, one.out_features)
     scales = (one.in_features // block, one.out_features)
-    weight = lazy_int4(shape, lambda: np.ascontiguousarray(_load(checkpoint, name).integers.T))
-    scale = b.weights.lazy(f"{name}.weight_scale", scales, lambda: _scales(checkpoint, name).T)
+
+    def integers() -> Array:
+        return np.ascontiguousarray(one.rows(_load(checkpoint, one.name).integers).T)
+
+    weight = lazy_int4(shape, integers)
+    scale = b.weights.lazy(
+        f"{name}.weight_scale", scales, lambda: one.rows(_scales(checkpoint, one.name)).T
+    )
     return b.op(
         "DequantizeLinear",
         b.constant(f"{name}.weight", weight),
@@ -324,13 +381,12 @@ def _int8_product(b: GraphBuilder, data: ir.Value, group: Sequence[LinearPlan]) 
     width, depth = sum(sizes), group[0].in_features
 
     def scales() -> Array:
-        rows = [np.broadcast_to(_scales(checkpoint, p.name)[:, 0], p.out_features) for p in group]
-        return np.concatenate(rows)
+        return np.concatenate([_row_scales(checkpoint, p) for p in group])
 
     def integers() -> Array:
         stacked = np.empty((depth, width), np.int8)
         for p, end in zip(group, np.cumsum(sizes), strict=True):
-            stacked[:, end - p.out_features : end] = _load(checkpoint, p.name).integers.T
+            stacked[:, end - p.out_features : end] = p.rows(_load(checkpoint, p.name).integers).T
         return stacked
 
     s0 = weight_split(scales(), depth, group[0].input_scale)

@@ -30,9 +30,8 @@ class Target:
         per layer.
     release: the TensorRT release whose rules the graph must keep, None outside TensorRT.
     hardware: what it runs on, for people; sm: the GPU generations in it.
-    int8_embedding: the token embedding is stored as INT8, one scale per token.
-    max_constant: bytes no stored tensor exceeds where it can be split (the output projection); None:
-        no limit.
+    max_constant: bytes above which the output projection is stored in pieces; None: no limit. A board
+        of 8 GB refuses one allocation of hundreds of megabytes long before its memory is full.
     """
 
     name: str
@@ -49,7 +48,6 @@ class Target:
     dtypes: tuple[FloatType, ...] = ("float32",)
     caches: tuple[CacheForm, ...] = ("scatter",)
     int4_sizes: tuple[int, ...] = (64, 128)
-    int8_embedding: bool = False
     max_constant: int | None = None
 
     @property
@@ -145,20 +143,22 @@ TARGETS: dict[str, Target] = {
 
 @dataclass(frozen=True)
 class Variant:
-    """What a request asks of its targets beyond their defaults; None and False leave the default."""
+    """What a request asks of its targets beyond their defaults; None leaves the default."""
 
     dtype: FloatType | None = None
     cache: CacheForm | None = None
-    int8_embedding: bool = False
     max_constant: int | None = None
 
 
-def named_target(name: str, variant: Variant | None = None) -> Target:
+DEFAULT = Variant()
+
+
+def named_target(name: str, variant: Variant = DEFAULT) -> Target:
     """The target of that name in that variant; ExportError listing what there is otherwise."""
     if name not in TARGETS:
         raise ExportError(f"target {name!r} is unknown. Known: {', '.join(TARGETS)}.")
-    target, asked = TARGETS[name], variant or Variant()
-    dtype, cache = asked.dtype or target.dtype, asked.cache or target.cache
+    target = TARGETS[name]
+    dtype, cache = variant.dtype or target.dtype, variant.cache or target.cache
     for what, found, known in (
         ("dtype", dtype, target.dtypes),
         ("cache", cache, target.caches),
@@ -169,8 +169,7 @@ def named_target(name: str, variant: Variant | None = None) -> Target:
         target,
         dtype=dtype,
         cache=cache,
-        int8_embedding=asked.int8_embedding,
-        max_constant=asked.max_constant,
+        max_constant=variant.max_constant,
     )
     if target.attention_operator:  # TensorScatter came with opset 24
         target = replace(target, opset=24, native_ops=True)
