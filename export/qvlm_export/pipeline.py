@@ -24,6 +24,7 @@ from qvlm_export import package, rtx
 from qvlm_export.build import build, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
+from qvlm_export.float_range import check_range, largest_activations
 from qvlm_export.report import Report, component_rows, divergence, to_html
 from qvlm_export.targets import DEFAULT, Target, Variant, named_target
 from qvlm_export.verify import verify_target
@@ -34,6 +35,8 @@ Accuracy = Callable[[Path], Mapping[str, Any]]
 
 _CHECKPOINT = "checkpoint"
 _STATE = "state.json"
+# Activations that a report of a float16 target lists.
+_RANGE_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -189,6 +192,7 @@ def _target(
     checkpoint: Checkpoint, request: Request, target: Target, work: Path, progress: Progress
 ) -> tuple[TargetSpec, dict[str, Any]]:
     """Build, check, compile and verify one target; its spec and its section of the report."""
+    check_range(checkpoint, target)
     spec = build(checkpoint, target, work, request.max_context, progress)
     facts = [graph_facts(work / path) for path in spec.graphs.values()]
     section: dict[str, Any] = {
@@ -203,6 +207,10 @@ def _target(
             for fact in facts
         ],
     }
+    if target.dtype == "float16":
+        section["largest activations"] = [
+            asdict(row) for row in largest_activations(checkpoint, _RANGE_ROWS)
+        ]
     if target.is_tensorrt:
         section["rules"] = _rules(work, spec, target)
     if target.name == "rtx" and request.capabilities:
