@@ -97,7 +97,7 @@ def _export_parser() -> Command:
         "--max-tensor",
         type=int,
         metavar="MB",
-        help="store the output projection in pieces of at most MB megabytes",
+        help="store a larger weight (a large output projection) in pieces of MB megabytes",
     )
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
     add(
@@ -220,21 +220,31 @@ def _check_parser() -> Command:
     )
     names = [name for name, target in TARGETS.items() if target.is_tensorrt]
     parser.add_argument("--target", action="append", choices=names, help="default: OUT's own")
+    parser.add_argument(
+        "--device", metavar="D", help="does OUT fit? orin-nano-8gb, orin-nx-16gb, thor, ..."
+    )
     return parser, _check
 
 
 def _check(args: argparse.Namespace) -> Answer:
     from qvlm_export.conform import check_graph
+    from qvlm_export.fit import Fit, fit, named_device
     from qvlm_runtime.manifest import read_manifest
 
+    fits: list[Fit] = []
     if args.path.is_dir():
-        specs = read_manifest(args.path).targets
+        manifest = read_manifest(args.path)
+        specs = manifest.targets
         names = args.target or [name for name in specs if TARGETS[name].is_tensorrt]
-        graphs = [
-            (n, args.path / path) for n in names if n in specs for path in specs[n].graphs.values()
-        ]
+        names = [name for name in names if name in specs]
+        graphs = [(n, args.path / path) for n in names for path in specs[n].graphs.values()]
+        if args.device:
+            device = named_device(args.device)
+            fits = [fit(args.path, n, specs[n], manifest.model, device) for n in names]
     else:
         graphs = [(name, args.path) for name in args.target or ()]
+        if args.device:
+            raise ExportError(f"{args.path}: --device needs an exported folder, not one graph.")
     if not graphs:
         raise ExportError(f"{args.path}: no graph for a TensorRT target. Name one with --target.")
     findings = [(name, f) for name, path in graphs for f in check_graph(path, TARGETS[name])]
@@ -242,8 +252,11 @@ def _check(args: argparse.Namespace) -> Answer:
         print(f"{name}: {finding.line()}")
     errors = sum(finding.level == "error" for _, finding in findings)
     print(f"{len(graphs)} graphs, {len(findings)} findings, {errors} errors")
+    for one in fits:
+        print("\n".join(one.lines()))
     rows = [{"target": name, **asdict(finding)} for name, finding in findings]
-    return int(errors > 0), {"findings": rows, "errors": errors}
+    answer = {"findings": rows, "errors": errors, "fits": [one.to_json() for one in fits]}
+    return int(errors > 0 or not all(one.fits for one in fits)), answer
 
 
 def _build_parser() -> Command:

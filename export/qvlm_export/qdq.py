@@ -24,8 +24,9 @@ weight behind an INT8 activation (W-10).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import ml_dtypes
@@ -50,8 +51,8 @@ TOKEN_FLOOR = 1e-4
 
 @dataclass(frozen=True)
 class LinearPlan:
-    """One linear as the graph will have it: weight [out_features, in_features] of the checkpoint, of
-    which it takes the rows from ``first`` on.
+    """One linear as the graph will have it: weight [out_features, in_features] of the
+    checkpoint.
     """
 
     name: str
@@ -60,17 +61,6 @@ class LinearPlan:
     in_features: int
     input_scale: float | None = None
     block: int | None = None
-    first: int = 0
-    whole: bool = True
-
-    @property
-    def stored(self) -> str:
-        """What its constants are called: the linear's name, and where a piece of it begins."""
-        return self.name if self.whole else f"{self.name}.{self.first}"
-
-    def rows(self, array: Array) -> Array:
-        """Its rows of an array [out_features, ...] of the whole linear."""
-        return array[self.first : self.first + self.out_features]
 
     @property
     def merge_key(self) -> tuple[str, float | None] | None:
@@ -146,7 +136,13 @@ def _int4_block(b: GraphBuilder, name: str, out_features: int, in_features: int)
             f"{name}: out_features {out_features} is odd, INT4 stores pairs (rule W-01). "
             "Keep this layer in float."
         )
-    return in_features // groups
+    if (block := in_features // groups) not in b.target.int4_sizes:
+        known = ", ".join(map(str, b.target.int4_sizes))
+        raise ExportError(
+            f"{name}: INT4 blocks of {block}, target {b.target.name} takes {known} (rule W-04). "
+            "Quantize with w4a16 or w4a16-g64."
+        )
+    return block
 
 
 def _static_scale(b: GraphBuilder, name: str) -> float:
@@ -182,46 +178,17 @@ def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value
     outputs: dict[str, ir.Value] = {}
     for group in groups.values():
         with b.scope("+".join(p.name.rsplit(".", 1)[-1] for p in group)):
-            parts = _product(b, x, group)
+            if group[0].kind in ("token", "static"):
+                parts = _int8(b, x, group)
+            else:
+                parts = [_bias(b, _matmul(b, x, group[0]), group)]
         outputs.update(zip((p.name for p in group), parts, strict=True))
     return [outputs[name] for name in names]
-
-
-def _product(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
-    if group[0].kind in ("token", "static"):
-        return _int8(b, x, group)
-    return [_bias(b, _matmul(b, x, group[0]), group)]
 
 
 def linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     """One linear, [1, S, K] to [1, S, N]."""
     return linears(b, x, [name])[0]
-
-
-def head_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
-    """The output projection [1, 1, K] to [1, 1, N], in pieces of at most the target's
-    ``max_constant`` bytes.
-
-    Pieces are even in size and number of columns: INT4 stores pairs.
-    """
-    one, limit = plan(b, name), b.target.max_constant
-    bits = {"int4": 4, "float": 8 * b.float_type.itemsize}.get(one.kind, 8)
-    column = one.in_features * bits / 8
-    count = 1 if limit is None else math.ceil(one.out_features * column / limit)
-    if count == 1:
-        return linear(b, x, name)
-    width = 2 * math.ceil(one.out_features / count / 2)
-    edges = range(0, one.out_features, width)
-    sizes = [min(width, one.out_features - first) for first in edges]
-    pieces = [
-        replace(one, first=first, out_features=size, whole=False)
-        for first, size in zip(edges, sizes, strict=True)
-    ]
-    parts = []
-    for i, piece in enumerate(pieces):
-        with b.scope(f"{name.rsplit('.', 1)[-1]}.{i}"):
-            parts.append(_product(b, x, [piece])[0])
-    return b.op("Concat", *parts, axis=-1)
 
 
 def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
@@ -241,13 +208,77 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
 
 def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
     """Float or INT4 product."""
-    if one.kind == "int4":
-        product = b.op("MatMul", x, _int4_weight(b, one))
-        _mark(product, [one])
-        return product
-    shape = (one.in_features, one.out_features)
-    weight = b.weights.stored(f"{one.name}.weight", shape, lambda array: one.rows(array).T)
-    return b.op("MatMul", x, b.constant(f"{one.stored}.weight", weight))
+    width = one.out_features
+
+    def product(x: ir.Value, piece: Piece) -> ir.Value:
+        if one.kind == "int4":
+            node = b.op("MatMul", x, _int4_weight(b, one, piece))
+            _mark(node, [one])
+            return node
+        weight = b.weights.stored(
+            f"{one.name}.weight", (piece.depth, width), lambda array: piece.columns(array).T
+        )
+        return b.op("MatMul", x, b.constant(f"{one.name}.weight{piece.suffix}", weight))
+
+    if one.block is not None:
+        nbytes, least = one.in_features * width // 2, one.block * b.target.int4_blocks
+        return _summed(b, x, one.in_features, nbytes, one.block, least, product)
+    nbytes = one.in_features * width * int(b.float_type.itemsize)
+    return _summed(b, x, one.in_features, nbytes, 1, 1, product)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Input features [first, last) of a weight that has ``whole`` of them."""
+
+    first: int
+    last: int
+    whole: int
+
+    @property
+    def depth(self) -> int:
+        """Input features in it."""
+        return self.last - self.first
+
+    @property
+    def suffix(self) -> str:
+        """What its constants' names end in."""
+        return "" if self.depth == self.whole else f".{self.first}"
+
+    def columns(self, array: Array) -> Array:
+        """Its part of an array [out_features, columns], whose columns stand for equally many inputs."""
+        each = self.whole // array.shape[1]
+        return array[:, self.first // each : self.last // each]
+
+
+def _summed(
+    b: GraphBuilder,
+    x: ir.Value,
+    depth: int,
+    nbytes: int,
+    step: int,
+    least: int,
+    product: Callable[[ir.Value, Piece], ir.Value],
+) -> ir.Value:
+    """One product, or the sum of products of pieces of K where the weight of ``nbytes`` is above the
+    target's ``max_constant``.
+
+    Pieces are multiples of ``step`` inputs and hold at least ``least``. They are cut along K because
+    pieces along N, which read the same tensor, are joined again by TensorRT's compiler into one
+    weight; sums over different inputs are not.
+    """
+    limit = b.target.max_constant
+    count = 1 if limit is None else min(math.ceil(nbytes / limit), depth // least)
+    if count <= 1:
+        return product(x, Piece(0, depth, depth))
+    edges = [step * (depth // step * i // count) for i in range(count)] + [depth]
+    total: ir.Value | None = None
+    for first, last in pairwise(edges):
+        part = b.op("Slice", x, b.i64(first), b.i64(last), b.i64(-1))
+        part = product(part, Piece(first, last, depth))
+        total = part if total is None else b.op("Add", total, part)
+    assert total is not None
+    return total
 
 
 def _mark(product: ir.Value, group: Sequence[LinearPlan]) -> None:
@@ -262,15 +293,14 @@ def _bias(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> ir.Value
     if not present:
         return x
     for p in present:
-        if p.whole:
-            b.weights.expect(f"{p.name}.bias", (p.out_features,))
+        b.weights.expect(f"{p.name}.bias", (p.out_features,))
     checkpoint = b.weights.checkpoint
 
     def make() -> Array:
         zeros = [np.zeros(p.out_features, np.float32) for p in group]
         for i, p in enumerate(group):
             if p in present:
-                zeros[i] = p.rows(checkpoint.float_tensor(f"{p.name}.bias"))
+                zeros[i] = checkpoint.float_tensor(f"{p.name}.bias")
         return np.concatenate(zeros)
 
     name = _joint(group, "bias")
@@ -280,8 +310,6 @@ def _bias(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> ir.Value
 
 def _joint(group: Sequence[LinearPlan], suffix: str) -> str:
     """``prefix.q_proj+k_proj.suffix``."""
-    if len(group) == 1:
-        return f"{group[0].stored}.{suffix}"
     prefix, _, first = group[0].name.rpartition(".")
     rest = [p.name.rsplit(".", 1)[-1] for p in group[1:]]
     return f"{prefix}.{'+'.join([first, *rest])}.{suffix}" if prefix else f"{first}.{suffix}"
@@ -303,31 +331,23 @@ def _scales(checkpoint: Checkpoint, name: str) -> Array:
     return scale
 
 
-def _row_scales(checkpoint: Checkpoint, one: LinearPlan) -> Array:
-    """INT8 weight scales of its rows [out_features], one per tensor repeated."""
-    scales = _scales(checkpoint, one.name)[:, 0]
-    if len(scales) == 1:
-        return np.broadcast_to(scales, one.out_features)
-    return one.rows(scales)
-
-
-def _int4_weight(b: GraphBuilder, one: LinearPlan) -> ir.Value:
-    checkpoint, name, block = b.weights.checkpoint, one.stored, one.block
+def _int4_weight(b: GraphBuilder, one: LinearPlan, piece: Piece) -> ir.Value:
+    checkpoint, name, block = b.weights.checkpoint, one.name, one.block
     assert block is not None
-    shape = (one.in_features, one.out_features)
-    scales = (one.in_features // block, one.out_features)
+    shape = (piece.depth, one.out_features)
+    scales = (piece.depth // block, one.out_features)
 
     def integers() -> Array:
-        return np.ascontiguousarray(one.rows(_load(checkpoint, one.name).integers).T)
+        return np.ascontiguousarray(piece.columns(_load(checkpoint, name).integers).T)
 
-    weight = lazy_int4(shape, integers)
-    scale = b.weights.lazy(
-        f"{name}.weight_scale", scales, lambda: one.rows(_scales(checkpoint, one.name)).T
-    )
+    def scale() -> Array:
+        return piece.columns(_scales(checkpoint, name)).T
+
+    key = f"{name}.weight_scale"
     return b.op(
         "DequantizeLinear",
-        b.constant(f"{name}.weight", weight),
-        b.constant(f"{name}.weight_scale", scale),
+        b.constant(f"{name}.weight{piece.suffix}", lazy_int4(shape, integers)),
+        b.constant(key + piece.suffix, b.weights.lazy(key, scales, scale)),
         axis=0,
         block_size=block,
     )
@@ -353,12 +373,11 @@ def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.
     if first.kind == "token":
         largest = b.op("ReduceMax", b.op("Abs", x), b.i64(-1), keepdims=1)
         m = b.op("Max", largest, b.scalar(TOKEN_FLOOR))
-        data = _round_trip(b, b.op("Div", x, m), 1.0 / 127.0)
+        data, scale = b.op("Div", x, m), 1.0 / 127.0
     else:
         assert first.input_scale is not None
-        m = None
-        data = _round_trip(b, x, first.input_scale)
-    product = _int8_product(b, data, group)
+        m, data, scale = None, x, first.input_scale
+    product = _int8_product(b, data, scale, group)
     if m is not None:
         product = b.op("Mul", product, m)
     product = _bias(b, product, group)
@@ -374,31 +393,45 @@ def _round_trip(b: GraphBuilder, x: ir.Value, scale: float) -> ir.Value:
     return b.op("DequantizeLinear", b.op("QuantizeLinear", x, *constants), *constants)
 
 
-def _int8_product(b: GraphBuilder, data: ir.Value, group: Sequence[LinearPlan]) -> ir.Value:
-    """MatMul(data, DQ(W, s0)) * c[n]."""
+def _int8_product(
+    b: GraphBuilder, x: ir.Value, scale: float, group: Sequence[LinearPlan]
+) -> ir.Value:
+    """MatMul(DQ(Q(x, scale)), DQ(W, s0)) * c[n]. Pieces are cut before they are quantized: ONNX
+    Runtime moves Q across Slice and gets its types wrong.
+    """
     checkpoint = b.weights.checkpoint
     sizes = [p.out_features for p in group]
     width, depth = sum(sizes), group[0].in_features
 
     def scales() -> Array:
-        return np.concatenate([_row_scales(checkpoint, p) for p in group])
-
-    def integers() -> Array:
-        stacked = np.empty((depth, width), np.int8)
-        for p, end in zip(group, np.cumsum(sizes), strict=True):
-            stacked[:, end - p.out_features : end] = p.rows(_load(checkpoint, p.name).integers).T
-        return stacked
+        rows = [np.broadcast_to(_scales(checkpoint, p.name)[:, 0], p.out_features) for p in group]
+        return np.concatenate(rows)
 
     s0 = weight_split(scales(), depth, group[0].input_scale)
     channel = b.weights.lazy(
         _joint(group, "weight_channel"), (width,), lambda: scales() / np.float32(s0)
     )
-    weight = b.constant(_joint(group, "weight"), lazy_int8((depth, width), integers))
-    # Its own zero, not a shared one: ONNX Runtime's pass for processors without VNNI copies the zero
-    # point of every weight under a name made from the old one, and stops at the second copy.
-    zero = ir.Tensor(np.array(0, np.int8))
-    zero_point = b.constant(_joint(group, "weight_zero_point"), zero)
-    dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), zero_point)
-    product = b.op("MatMul", data, dequantized)
-    _mark(product, group)
-    return b.op("Mul", product, b.constant(_joint(group, "weight_channel"), channel))
+
+    def product(x: ir.Value, piece: Piece) -> ir.Value:
+        data = _round_trip(b, x, scale)
+
+        def integers() -> Array:
+            stacked = np.empty((piece.depth, width), np.int8)
+            for p, end in zip(group, np.cumsum(sizes), strict=True):
+                part = piece.columns(_load(checkpoint, p.name).integers)
+                stacked[:, end - p.out_features : end] = part.T
+            return stacked
+
+        name = _joint(group, "weight") + piece.suffix
+        weight = b.constant(name, lazy_int8((piece.depth, width), integers))
+        # Its own zero, not a shared one: ONNX Runtime's pass for processors without VNNI copies the
+        # zero point of every weight under a name made from the old one, and stops at the second copy.
+        name = _joint(group, "weight_zero_point") + piece.suffix
+        zero_point = b.constant(name, ir.Tensor(np.array(0, np.int8)))
+        dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), zero_point)
+        node = b.op("MatMul", data, dequantized)
+        _mark(node, group)
+        return node
+
+    whole = _summed(b, x, depth, depth * width, 1, 1, product)
+    return b.op("Mul", whole, b.constant(_joint(group, "weight_channel"), channel))

@@ -30,7 +30,7 @@ class Target:
         per layer.
     release: the TensorRT release whose rules the graph must keep, None outside TensorRT.
     hardware: what it runs on, for people; sm: the GPU generations in it.
-    max_constant: bytes above which the output projection is stored in pieces; None: no limit. A board
+    max_constant: bytes above which a weight is stored in pieces; None: no limit. A board
         of 8 GB refuses one allocation of hundreds of megabytes long before its memory is full.
     """
 

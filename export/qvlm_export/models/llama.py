@@ -21,7 +21,7 @@ from qvlm_export.ops import (
     rope_tables,
     split_heads,
 )
-from qvlm_export.qdq import has_linear, head_linear, heads_linear, linear, linears
+from qvlm_export.qdq import has_linear, heads_linear, linear, linears
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def decoder(
     x = last_position(b, x)
     x = rms_norm(b, x, f"{prefix}.norm", c.hidden_size, c.rms_norm_eps)
     if has_linear(b.weights.checkpoint, head):
-        logits = head_linear(b, x, head)
+        logits = linear(b, x, head)
     else:  # tied: the embedding's bytes are stored once
         logits = b.op("MatMul", x, b.op("Transpose", table, perm=[1, 0]))
     b.output(logits, "logits", b.float_type, (1, 1, c.vocab_size))
