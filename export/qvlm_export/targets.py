@@ -29,7 +29,8 @@ class Target:
     image_batch: images in one run of the vision graph, None when free; a fixed 1 saves two kernels
         per layer.
     release: the TensorRT release whose rules the graph must keep, None outside TensorRT.
-    hardware: what it runs on, for people; sm: the GPU generations in it.
+    hardware: what it runs on, for people; sm: the GPU generations in it. Turing (sm75) is left out:
+        it has neither INT4 nor bfloat16 (rule T-12).
     max_constant: bytes above which a weight is stored in pieces; None: no limit. A board
         of 8 GB refuses one allocation of hundreds of megabytes long before its memory is full.
     """
@@ -115,7 +116,7 @@ TARGETS: dict[str, Target] = {
             "rtx",
             "rtx-1.7",
             "GeForce and RTX, TensorRT for RTX",
-            *(75, 80, 86, 89, 120),
+            *(80, 86, 89, 120),
             scatter=True,
         ),
         _tensorrt("jetpack6", "10.3", "Jetson Orin, TensorRT 10.3", 87),
@@ -127,14 +128,14 @@ TARGETS: dict[str, Target] = {
             "trt10",
             "10.16",
             "desktop and server GPUs, TensorRT 10.15 and 10.16",
-            *(75, 80, 86, 89, 90, 100, 120),
+            *(80, 86, 89, 90, 100, 120),
             scatter=True,
         ),
         _tensorrt(
             "trt11",
             "11.4",
             "desktop and server GPUs, TensorRT 11",
-            *(75, 80, 86, 89, 90, 100, 120),
+            *(80, 86, 89, 90, 100, 120),
             scatter=True,
         ),
     )
