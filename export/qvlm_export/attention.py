@@ -112,7 +112,8 @@ class AppendAttention:
             self._join(f"{name}_{index}", new) for name, new in (("key", k), ("value", v))
         )
         if self.mask is None:  # needs T, which the first layer's keys tell
-            length = b.op("Shape", keys, start=2, end=3)
+            # Not Shape's start and end: older importers do not read these attributes.
+            length = b.op("Gather", b.op("Shape", keys), b.i64(2), axis=0)
             columns = b.op("Slice", _slots(b, self.positions), b.i64(0), length, b.i64(0))
             self.mask = _mask(b, columns, b.op("Unsqueeze", self.position_ids, b.i64(1, 3)))
         query = b.op("Mul", heads_first(b, q), b.scalar(h.head_dim**-0.5))

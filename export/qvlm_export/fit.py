@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from onnx import ModelProto, numpy_helper
+import numpy.typing as npt
+from onnx import ModelProto, NodeProto, numpy_helper
 
 from qvlm.errors import ExportError
 from qvlm_export.conform.view import GraphView, attribute, tensor_bytes
@@ -251,23 +252,39 @@ def _sized(view: GraphView, dimensions: Mapping[str, int], values: Mapping[str, 
 
 
 def _fold_shapes(model: ModelProto, path: Path) -> bool:
-    """Turn Shape nodes whose result is known into constants; True if there was one.
+    """Turn Shape nodes whose result is known, and what Gather takes of it, into constants; True if
+    there was one.
 
     ONNX's inference follows a Slice only if its ends are stored, and the mask's are Shape results.
     """
     sized, kept, graph = GraphView(model, path), [], model.graph
     for node in graph.node:
-        shape = sized.shape(node.input[0]) if node.op_type == "Shape" else None
-        if shape is None or not all(isinstance(size, int) for size in shape):
+        known = _known_shape(sized, node)
+        if known is None:
             kept.append(node)
-            continue
-        part = shape[attribute(node, "start", 0) : attribute(node, "end", len(shape))]
-        graph.initializer.append(numpy_helper.from_array(np.array(part, np.int64), node.output[0]))
+        else:
+            graph.initializer.append(numpy_helper.from_array(known, node.output[0]))
     found = len(kept) < len(graph.node)
     nodes = [copy.deepcopy(node) for node in kept]
     del graph.node[:]
     graph.node.extend(nodes)
     return found
+
+
+def _known_shape(view: GraphView, node: NodeProto) -> npt.NDArray[np.int64] | None:
+    """What a Shape node, or a Gather of such a result, gives; None if it is not known."""
+    if node.op_type == "Gather":
+        whole, index = view.ints(node.input[0]), view.ints(node.input[1])
+        if whole is None or index is None or view.rank(node.input[0]) != 1:
+            return None
+        return np.array(whole, np.int64)[index]
+    shape = view.shape(node.input[0]) if node.op_type == "Shape" else None
+    sizes = [size for size in shape or () if isinstance(size, int)]
+    if shape is None or len(sizes) < len(shape):
+        return None
+    return np.array(
+        sizes[attribute(node, "start", 0) : attribute(node, "end", len(sizes))], np.int64
+    )
 
 
 def _bytes(view: GraphView, name: str) -> int:

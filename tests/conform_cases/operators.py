@@ -235,4 +235,10 @@ CASES: tuple[Case, ...] = (
         ),
         graph(X, "float16[4,8,8] y", "y = Reshape (x, s)", s=i64(0, 8, 8)),
     ),
+    case(
+        "O-16",
+        graph(X, "int64[1] y", "y = Shape <start=1, end=2> (x)"),
+        graph(X, "int64[1] y", "s = Shape (x) y = Gather <axis=0> (s, i)", i=i64(1)),
+        "10.3",
+    ),
 )
