@@ -29,7 +29,6 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Literal
 
-import ml_dtypes
 import numpy as np
 import onnx_ir as ir
 
@@ -44,6 +43,7 @@ Kind = Literal["float", "int4", "token", "static"]
 LINEARS_KEY = "qvlm.linears"
 # Half of float16's range: what a GEMM's result may reach before c[n] and m.
 GEMM_LIMIT = 2.0**15
+SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 # A token is divided by its largest value or by this: the smallest round number whose float16
 # neighbourhood is normal, and the value that qvlm.affine uses.
 TOKEN_FLOOR = 1e-4
@@ -157,8 +157,7 @@ def _static_scale(b: GraphBuilder, name: str) -> float:
     values = b.weights.checkpoint.float_tensor(key)
     type_ = b.float_type.numpy()
     stored = float(values.reshape(-1)[0].astype(type_)) if values.size == 1 else math.nan
-    tiny = float(ml_dtypes.finfo(type_).tiny)
-    if not tiny <= stored < math.inf:
+    if not SMALLEST_NORMAL[b.weights.dtype] <= stored < math.inf:
         raise ExportError(
             f"{name}: input scale {values.reshape(-1)[:3].tolist()}, "
             f"expected one normal positive {b.weights.dtype} number. "

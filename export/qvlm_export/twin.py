@@ -42,4 +42,5 @@ def _widened(tensor: ir.TensorProtocol) -> ir.LazyTensor:
     def make() -> ir.TensorProtocol:
         return ir.Tensor(tensor.numpy().astype(np.float32), name=tensor.name)
 
-    return ir.LazyTensor(make, ir.DataType.FLOAT, tensor.shape, name=tensor.name)
+    shape = ir.Shape(tensor.shape.numpy())
+    return ir.LazyTensor(make, ir.DataType.FLOAT, shape, name=tensor.name)
