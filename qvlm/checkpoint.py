@@ -14,6 +14,7 @@ Layout (names as the ``compressed-tensors`` convention has them, so that other t
     recipe.json                  the recipe that made it
     quantization.json            {"linears": {name: {component, format}}, "float_linears": {name: component},
                                  "method": what the method reports}
+    magnitudes.json              {module: {"input", "output"}}: largest |activation| of the float model on the samples
     goldens.npz                  see ``Goldens``
     tokenizer and processor files, copied from the source
 
@@ -38,6 +39,7 @@ from qvlm.recipe import ActivationScheme, Format, Recipe, WeightScheme, named_fo
 
 Array = npt.NDArray[Any]
 SHARD_BYTES = 1 << 30
+MAGNITUDES = "magnitudes.json"
 
 
 @dataclass(frozen=True)
@@ -309,6 +311,11 @@ class Checkpoint:
     def float_tensor(self, name: str) -> Array:
         """One float tensor as float32."""
         return self.tensor(name).astype(np.float32)
+
+    def magnitudes(self) -> dict[str, dict[str, float]]:
+        """Largest |activation| per module of the float model; empty if the checkpoint does not say."""
+        path = self.directory / MAGNITUDES
+        return load_json(path) if path.is_file() else {}
 
     def linear(self, name: str) -> QuantizedLinear | None:
         """The quantized linear ``name``, or None if that linear stayed float."""

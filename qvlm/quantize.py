@@ -1,7 +1,8 @@
 """The driver: source, recipe, samples -> quantized checkpoint. The only file that knows the order of the work.
 
 1. Check source and recipe (``plan.resolve``), load the model, build the samples.
-2. Float goldens, and the float hidden states that enter each component, while the model is still float.
+2. Float goldens, the largest activations, and the float hidden states that enter each component, while the model is
+   still float.
 3. The method prepares, then for vision, projector, text, head: it cuts the layers into blocks and turns each block
    into integers, given the float stream and the quantized stream that enter it. The block is replaced by its
    simulation; both streams go on to the next. Each finished block is saved.
@@ -22,9 +23,17 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qvlm import fakequant
+from qvlm import fakequant, magnitudes
 from qvlm.capture import Sample, Stream, build_sample, capture_inputs, capture_stream
-from qvlm.checkpoint import Array, CheckpointWriter, Golden, QuantizedLinear, write_goldens
+from qvlm.checkpoint import (
+    MAGNITUDES,
+    Array,
+    CheckpointWriter,
+    Golden,
+    QuantizedLinear,
+    dump_json,
+    write_goldens,
+)
 from qvlm.data import Question, calibration
 from qvlm.errors import CalibrationError, RecipeError
 from qvlm.generate import golden_side, golden_steps, with_own_answer
@@ -84,9 +93,11 @@ def quantize(
     samples = build_samples(loaded, source.adapter, chosen, progress)
     work.begin(_identity(source, recipe, samples, len(prompts)))
     float_sides = run.float_goldens(prompts)
+    largest = run.magnitudes(samples, work)
     report = run.quantize_components(samples, work)
     directory = work.checkpoint()
     run.write(directory, report)
+    dump_json(directory / MAGNITUDES, largest)
     write_goldens(directory / "goldens.npz", run.quant_goldens(prompts, float_sides))
     return work.finish()
 
@@ -197,6 +208,19 @@ class _Run:
             goldens.append(Golden(inputs, {"float": outputs, "quant": quant}))
         self.progress("quantized goldens", len(prompts), len(prompts))
         return goldens
+
+    def magnitudes(self, samples: Sequence[Sample], work: WorkDirectory) -> magnitudes.Magnitudes:
+        """The float model's largest activations, measured once."""
+        saved = work.load_arrays("magnitudes")
+        if saved is None:
+            found = magnitudes.measure(self.model, self.adapter, samples, self.progress)
+            saved = {f"{n}/{side}": np.array(v) for n, s in found.items() for side, v in s.items()}
+            work.save_arrays("magnitudes", saved)
+        largest: magnitudes.Magnitudes = {}
+        for key, value in saved.items():
+            name, _, side = key.rpartition("/")
+            largest.setdefault(name, {})[side] = float(value)
+        return largest
 
     # -- blocks
 

@@ -76,7 +76,11 @@ HELP = {
 def test_every_command_and_option_exists(command: list[str]) -> None:
     module = HELP[command[0]]
     words = command[1:]
-    sub = [words[0]] if command[0] == "qvlm" or words[0] in ("verify", "build", "targets") else []
+    sub = (
+        [words[0]]
+        if command[0] == "qvlm" or words[0] in ("verify", "check", "build", "targets")
+        else []
+    )
     code = f"from {module} import main; main({[*sub, '--help']!r})"
     run = subprocess.run(
         [sys.executable, "-c", code],

@@ -18,7 +18,7 @@ from qvlm_export.graph import GraphBuilder
 from qvlm_export.ops import heads_first
 
 # Finite, so that a Sub or a Cast downstream makes no NaN; far below any score.
-MASKED = {ir.DataType.FLOAT: -1e30, ir.DataType.FLOAT16: -65504.0}
+MASKED = {ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.FLOAT16: -65504.0}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,8 @@ def causal_attention(
     """The target's cache form; declares its inputs. ``tables`` are ``ops.rope_tables`` of
     ``positions`` rows.
     """
+    if b.target.attention_operator:
+        return StaticAttention(b, heads, tables, position_ids, positions)
     kind = ScatterAttention if b.target.cache == "scatter" else AppendAttention
     return kind(b, heads, tables, position_ids, positions)
 
@@ -110,7 +112,8 @@ class AppendAttention:
             self._join(f"{name}_{index}", new) for name, new in (("key", k), ("value", v))
         )
         if self.mask is None:  # needs T, which the first layer's keys tell
-            length = b.op("Shape", keys, start=2, end=3)
+            # Not Shape's start and end: older importers do not read these attributes.
+            length = b.op("Gather", b.op("Shape", keys), b.i64(2), axis=0)
             columns = b.op("Slice", _slots(b, self.positions), b.i64(0), length, b.i64(0))
             self.mask = _mask(b, columns, b.op("Unsqueeze", self.position_ids, b.i64(1, 3)))
         query = b.op("Mul", heads_first(b, q), b.scalar(h.head_dim**-0.5))
@@ -141,9 +144,49 @@ class AppendAttention:
         return b.op("Reshape", wide, b.i64(0, h.heads, -1, h.head_dim))
 
 
-class ScatterAttention:
-    """ONNX Runtime's form: TensorScatter-24 into a buffer [1, kv_heads, C, D] bound in place, read
-    up to kv_len.
+class _InPlace:
+    """What both in-place forms share: rotation, TensorScatter-24 into a buffer [1, kv_heads, C, D],
+    and the slot of each query row, which is where it is written.
+    """
+
+    def __init__(
+        self,
+        b: GraphBuilder,
+        heads: HeadShape,
+        tables: tuple[ir.Value, ir.Value],
+        position_ids: ir.Value,
+        rows: int | str,
+    ) -> None:
+        self.b, self.heads, self.tables, self.position_ids = b, heads, tables, position_ids
+        self.cache_shape = (1, heads.kv_heads, rows, heads.head_dim)
+        self.write_index = b.input("write_index", ir.DataType.INT64, (1,))
+        self.kv_len = b.input("kv_len", ir.DataType.INT64, (1,))
+
+    def rows(self, slots: ir.Value) -> ir.Value:
+        """Slots [1, 1, S, 1] of the query rows: the last S of kv_len."""
+        b = self.b
+        count = b.op("Shape", self.position_ids, start=-1)
+        first = b.op("Sub", self.kv_len, count)
+        rows = b.op("Add", b.op("Slice", slots, b.i64(0), count, b.i64(0)), first)
+        return b.op("Unsqueeze", rows, b.i64(0, 1, 3))
+
+    def rope(self, x: ir.Value) -> ir.Value:
+        """[1, S, heads, D] to [1, heads, S, D] rotated; RotaryEmbedding-23, half form
+        (interleaved=0).
+        """
+        return self.b.op("RotaryEmbedding", heads_first(self.b, x), *self.tables, self.position_ids)
+
+    def scatter(self, name: str, new: ir.Value) -> ir.Value:
+        """Write the new rows [1, kv_heads, S, D]; the whole buffer is the output ``present_name``."""
+        b = self.b
+        past = b.input(f"past_{name}", b.float_type, self.cache_shape)
+        whole = b.op("TensorScatter", past, new, self.write_index, axis=-2, mode="linear")
+        b.output(whole, f"present_{name}", b.float_type, self.cache_shape)
+        return whole
+
+
+class ScatterAttention(_InPlace):
+    """ONNX Runtime's form: a buffer of any length C, read up to kv_len.
 
     The Slice matters: attention over the whole buffer costs 3x at 1,000 valid rows of 4,096.
     Grouped queries are rows of one product per key/value head, so K and V are read once and never
@@ -158,37 +201,53 @@ class ScatterAttention:
         position_ids: ir.Value,
         positions: int,
     ) -> None:
-        self.b, self.heads, self.tables, self.position_ids = b, heads, tables, position_ids
-        self.write_index = b.input("write_index", ir.DataType.INT64, (1,))
-        self.kv_len = b.input("kv_len", ir.DataType.INT64, (1,))
+        super().__init__(b, heads, tables, position_ids, "C")
         slots = _slots(b, positions)
         columns = b.op("Slice", slots, b.i64(0), self.kv_len, b.i64(0))
-        length = b.op("Shape", position_ids, start=-1)
-        rows = b.op("Add", b.op("Slice", slots, b.i64(0), length, b.i64(0)), self.write_index)
-        mask = _mask(b, columns, b.op("Unsqueeze", rows, b.i64(0, 1, 3)))
+        mask = _mask(b, columns, self.rows(slots))
         self.mask = mask if heads.group == 1 else b.op("Concat", *[mask] * heads.group, axis=2)
 
     def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """See ``CausalAttention``."""
         b, h = self.b, self.heads
-        keys = self._scatter(f"key_{index}", self._rope(k))
-        values = self._scatter(f"value_{index}", heads_first(b, v))
-        query = b.op("Mul", self._rope(q), b.scalar(h.head_dim**-0.5))
+        keys = self._valid(self.scatter(f"key_{index}", self.rope(k)))
+        values = self._valid(self.scatter(f"value_{index}", heads_first(b, v)))
+        query = b.op("Mul", self.rope(q), b.scalar(h.head_dim**-0.5))
         rows = b.op("Reshape", query, b.i64(0, h.kv_heads, -1, h.head_dim))
         scores = b.op("MatMul", rows, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
         weights = b.op("Softmax", b.op("Add", scores, self.mask), axis=-1)
         out = b.op("Reshape", b.op("MatMul", weights, values), b.i64(0, h.heads, -1, h.head_dim))
         return heads_first(b, out)
 
-    def _rope(self, x: ir.Value) -> ir.Value:
-        """[1, S, heads, D] to [1, heads, S, D] rotated; RotaryEmbedding-23, half form
-        (interleaved=0).
-        """
-        return self.b.op("RotaryEmbedding", heads_first(self.b, x), *self.tables, self.position_ids)
+    def _valid(self, whole: ir.Value) -> ir.Value:
+        return self.b.op("Slice", whole, self.b.i64(0), self.kv_len, self.b.i64(2))
 
-    def _scatter(self, name: str, new: ir.Value) -> ir.Value:
-        b, shape = self.b, (1, self.heads.kv_heads, "C", self.heads.head_dim)
-        past = b.input(f"past_{name}", b.float_type, shape)
-        whole = b.op("TensorScatter", past, new, self.write_index, axis=-2, mode="linear")
-        b.output(whole, f"present_{name}", b.float_type, shape)
-        return b.op("Slice", whole, b.i64(0), self.kv_len, b.i64(2))
+
+class StaticAttention(_InPlace):
+    """TensorRT's in-place form, 10.15 and later: a buffer of exactly ``positions`` rows, and
+    Attention-23 over all of it.
+
+    Every shape and address of a decode step is fixed, which a CUDA graph wants. It reads the whole
+    buffer at every step and compiles to more kernels than ``AppendAttention``, so it is a variant
+    and no default. The mask hides what is behind kv_len: is_causal would align the upper left
+    corner.
+    """
+
+    def __init__(
+        self,
+        b: GraphBuilder,
+        heads: HeadShape,
+        tables: tuple[ir.Value, ir.Value],
+        position_ids: ir.Value,
+        positions: int,
+    ) -> None:
+        super().__init__(b, heads, tables, position_ids, positions)
+        slots = _slots(b, positions)
+        self.mask = _mask(b, slots, self.rows(slots))
+
+    def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """See ``CausalAttention``."""
+        b = self.b
+        keys = self.scatter(f"key_{index}", self.rope(k))
+        values = self.scatter(f"value_{index}", heads_first(b, v))
+        return heads_first(b, b.op("Attention", self.rope(q), keys, values, self.mask))

@@ -16,6 +16,11 @@ tens. T * 2^-24: torch forms rope angles of up to T radians in float32, the grap
 float64; that error sits in queries and keys, so it is enlarged too. Measured: the demo's float32
 graphs reach a quarter of this bound, random weights a thirtieth.
 
+bfloat16. Such a graph is replayed in float32 with its own constants (``twin.py``), which were rounded
+once, by 2^-8: a node that reads a stored float tensor counts one such rounding, on one side only.
+
+    epsilon = epsilon(float32) + 2^-8 * sqrt(constants / L)
+
 INT8 part. A value quantizes differently in two implementations if a rounding boundary lies between
 its two versions. One such flip moves an input by a whole step, which is enough to flip values in
 the layers behind it, so from the first flip on the two hold independent roundings of the same
@@ -37,7 +42,7 @@ import numpy as np
 from qvlm_export.facts import GraphFacts
 from qvlm_export.weights import Array
 
-UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11}
+UNIT_ROUNDOFF = {"float32": 2.0**-24, "float16": 2.0**-11, "bfloat16": 2.0**-8}
 SOFTMAX = 32.0
 PARTIAL_SUMS = 16
 INDEPENDENT_ROUNDINGS = 2.0
@@ -78,6 +83,9 @@ def relative_error(found: Array, expected: Array) -> Error:
 def epsilon(facts: GraphFacts, dtype: str) -> float:
     """Expected relative difference of two implementations of the graph in this float type."""
     layers = max(1, facts.layers)
+    if dtype == "bfloat16":
+        constants = UNIT_ROUNDOFF[dtype] * sqrt(facts.constants / layers)
+        return epsilon(facts, "float32") + constants
     products = facts.depths / PARTIAL_SUMS if dtype == "float32" else facts.roundings
     roundings = (facts.roundings + products) / layers + 2 * layers
     return sqrt(2.0 * roundings) * UNIT_ROUNDOFF[dtype]

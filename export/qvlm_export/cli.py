@@ -23,8 +23,9 @@ from typing import Any
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
-from qvlm_export.targets import TARGETS
+from qvlm_export.targets import TARGETS, Variant
 from qvlm_runtime.errors import RuntimeFault
+from qvlm_runtime.manifest import CACHE_FORMS, DTYPES
 
 Answer = tuple[int, dict[str, Any]]
 
@@ -90,6 +91,14 @@ def _export_parser() -> Command:
     )
     add("--samples", type=int, metavar="N", help="calibration samples (default 64)")
     add("--seed", type=int, metavar="S", help="draw of the calibration samples (default 0)")
+    add("--dtype", choices=DTYPES, help="float type of the graphs; default: the target's first")
+    add("--cache", choices=CACHE_FORMS, help="key/value cache; default: the target's first")
+    add(
+        "--max-tensor",
+        type=int,
+        metavar="MB",
+        help="store a larger weight (a large output projection) in pieces of MB megabytes",
+    )
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
     add(
         "--sm",
@@ -126,6 +135,7 @@ def _export(args: argparse.Namespace) -> Answer:
         args.calib,
         args.max_context,
         tuple(args.sm or ()),
+        Variant(args.dtype, args.cache, args.max_tensor and args.max_tensor * 10**6),
     )
     if args.dry_run:
         data = _dry_run(request)
@@ -210,21 +220,31 @@ def _check_parser() -> Command:
     )
     names = [name for name, target in TARGETS.items() if target.is_tensorrt]
     parser.add_argument("--target", action="append", choices=names, help="default: OUT's own")
+    parser.add_argument(
+        "--device", metavar="D", help="does OUT fit? orin-nano-8gb, orin-nx-16gb, thor, ..."
+    )
     return parser, _check
 
 
 def _check(args: argparse.Namespace) -> Answer:
     from qvlm_export.conform import check_graph
+    from qvlm_export.fit import Fit, fit, named_device
     from qvlm_runtime.manifest import read_manifest
 
+    fits: list[Fit] = []
     if args.path.is_dir():
-        specs = read_manifest(args.path).targets
+        manifest = read_manifest(args.path)
+        specs = manifest.targets
         names = args.target or [name for name in specs if TARGETS[name].is_tensorrt]
-        graphs = [
-            (n, args.path / path) for n in names if n in specs for path in specs[n].graphs.values()
-        ]
+        names = [name for name in names if name in specs]
+        graphs = [(n, args.path / path) for n in names for path in specs[n].graphs.values()]
+        if args.device:
+            device = named_device(args.device)
+            fits = [fit(args.path, n, specs[n], manifest.model, device) for n in names]
     else:
         graphs = [(name, args.path) for name in args.target or ()]
+        if args.device:
+            raise ExportError(f"{args.path}: --device needs an exported folder, not one graph.")
     if not graphs:
         raise ExportError(f"{args.path}: no graph for a TensorRT target. Name one with --target.")
     findings = [(name, f) for name, path in graphs for f in check_graph(path, TARGETS[name])]
@@ -232,8 +252,11 @@ def _check(args: argparse.Namespace) -> Answer:
         print(f"{name}: {finding.line()}")
     errors = sum(finding.level == "error" for _, finding in findings)
     print(f"{len(graphs)} graphs, {len(findings)} findings, {errors} errors")
+    for one in fits:
+        print("\n".join(one.lines()))
     rows = [{"target": name, **asdict(finding)} for name, finding in findings]
-    return int(errors > 0), {"findings": rows, "errors": errors}
+    answer = {"findings": rows, "errors": errors, "fits": [one.to_json() for one in fits]}
+    return int(errors > 0 or not all(one.fits for one in fits)), answer
 
 
 def _build_parser() -> Command:
@@ -261,10 +284,26 @@ def _targets_parser() -> Command:
 
 
 def _targets(args: argparse.Namespace) -> Answer:
-    for target in TARGETS.values():
-        print(
-            f"{target.name:<10} opset {target.opset}  {target.dtype:<8} cache {target.cache:<8} {target.hardware}"
+    rows = [
+        (
+            target.name,
+            target.release or "-",
+            str(target.opset),
+            " ".join(target.dtypes),
+            " ".join(target.caches),
+            " ".join(map(str, target.int4_sizes)),
+            " ".join(map(str, target.sm)) or "-",
+            target.hardware,
         )
+        for target in TARGETS.values()
+    ]
+    head = ("target", "release", "opset", "dtype", "cache", "INT4 blocks", "sm", "runs on")
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    for row in (head, *rows):
+        print(
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        )
+    print("The first dtype and the first cache are the defaults.")
     return 0, {name: asdict(target) for name, target in TARGETS.items()}
 
 

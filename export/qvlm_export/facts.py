@@ -47,7 +47,7 @@ class GraphFacts:
     """One graph file: node count, bytes with external data, integer products.
 
     layers: transformer layers. roundings: nodes that round their result. depths: contraction
-    lengths of all products, summed.
+    lengths of all products, summed. constants: nodes that read a stored float tensor.
     """
 
     name: str
@@ -57,6 +57,7 @@ class GraphFacts:
     layers: int
     roundings: int
     depths: int
+    constants: int = 0
 
     def elements(self, dtype: str) -> int:
         """Integer weight elements of one type."""
@@ -88,7 +89,13 @@ def graph_facts(path: Path) -> GraphFacts:
         len({m[1] for node in nodes if (m := _LAYER.search(str(node.name)))}),
         sum(node.op_type not in _EXACT for node in nodes),
         sum(_depth(node) for node in nodes),
+        sum(any(map(_is_stored_float, node.inputs)) for node in nodes),
     )
+
+
+def _is_stored_float(value: ir.Value | None) -> bool:
+    tensor = None if value is None else value.const_value
+    return tensor is not None and tensor.dtype.is_floating_point() and tensor.size > 1
 
 
 def _weight(node: ir.Node) -> ir.Value | None:

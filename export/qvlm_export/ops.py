@@ -137,6 +137,6 @@ def rope_tables(b: GraphBuilder, frequencies: Array, positions: int) -> tuple[ir
         return np.outer(np.arange(positions, dtype=np.float32), narrow).astype(np.float64)
 
     # float64 must survive up to the one rounding, so the tables do not go through float32 first.
-    cos = b.weights.lazy("rope.cos", shape, lambda: np.cos(angles()).astype(b.weights.dtype))
-    sin = b.weights.lazy("rope.sin", shape, lambda: np.sin(angles()).astype(b.weights.dtype))
+    cos = b.weights.lazy("rope.cos", shape, lambda: np.cos(angles()).astype(b.float_type.numpy()))
+    sin = b.weights.lazy("rope.sin", shape, lambda: np.sin(angles()).astype(b.float_type.numpy()))
     return b.constant("rope.cos", cos), b.constant("rope.sin", sin)

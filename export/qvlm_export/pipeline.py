@@ -24,8 +24,9 @@ from qvlm_export import package, rtx
 from qvlm_export.build import build, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
+from qvlm_export.float_range import check_range, largest_activations
 from qvlm_export.report import Report, component_rows, divergence, to_html
-from qvlm_export.targets import Target, named_target
+from qvlm_export.targets import DEFAULT, Target, Variant, named_target
 from qvlm_export.verify import verify_target
 from qvlm_runtime.manifest import TargetSpec
 
@@ -34,6 +35,8 @@ Accuracy = Callable[[Path], Mapping[str, Any]]
 
 _CHECKPOINT = "checkpoint"
 _STATE = "state.json"
+# Activations that a report of a float16 target lists.
+_RANGE_ROWS = 5
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,8 @@ class Request:
     """What to export.
 
     source: a local directory, a hub id, a quantized checkpoint or "demo"; calib: folder or None for
-    the shipped samples; capabilities: GPU generations that target rtx is compiled for (86, 89).
+    the shipped samples; capabilities: GPU generations that target rtx is compiled for (86, 89);
+    variant: what is asked of every target.
     """
 
     source: str
@@ -50,6 +54,7 @@ class Request:
     calib: str | None = None
     max_context: int | None = None
     capabilities: tuple[int, ...] = ()
+    variant: Variant = DEFAULT
 
     def to_json(self) -> Any:
         """What ``state.json`` compares between the interrupted and the resuming run."""
@@ -155,7 +160,7 @@ def _check(request: Request, out: Path, overwrite: bool) -> tuple[Target, ...]:
         raise ExportError(f"{out}: exists. Give another folder, or --overwrite.")
     if not out.parent.is_dir():
         raise ExportError(f"{out.parent}: no such directory. Make it first.")
-    return tuple(named_target(name) for name in request.targets)
+    return tuple(named_target(name, request.variant) for name in request.targets)
 
 
 def is_quantized(source: str) -> bool:
@@ -187,6 +192,7 @@ def _target(
     checkpoint: Checkpoint, request: Request, target: Target, work: Path, progress: Progress
 ) -> tuple[TargetSpec, dict[str, Any]]:
     """Build, check, compile and verify one target; its spec and its section of the report."""
+    check_range(checkpoint, target)
     spec = build(checkpoint, target, work, request.max_context, progress)
     facts = [graph_facts(work / path) for path in spec.graphs.values()]
     section: dict[str, Any] = {
@@ -201,6 +207,10 @@ def _target(
             for fact in facts
         ],
     }
+    if target.dtype == "float16":
+        section["largest activations"] = [
+            asdict(row) for row in largest_activations(checkpoint, _RANGE_ROWS)
+        ]
     if target.is_tensorrt:
         section["rules"] = _rules(work, spec, target)
     if target.name == "rtx" and request.capabilities:

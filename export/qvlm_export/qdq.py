@@ -24,8 +24,9 @@ weight behind an INT8 activation (W-10).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
@@ -42,6 +43,7 @@ Kind = Literal["float", "int4", "token", "static"]
 LINEARS_KEY = "qvlm.linears"
 # Half of float16's range: what a GEMM's result may reach before c[n] and m.
 GEMM_LIMIT = 2.0**15
+SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 # A token is divided by its largest value or by this: the smallest round number whose float16
 # neighbourhood is normal, and the value that qvlm.affine uses.
 TOKEN_FLOOR = 1e-4
@@ -134,7 +136,13 @@ def _int4_block(b: GraphBuilder, name: str, out_features: int, in_features: int)
             f"{name}: out_features {out_features} is odd, INT4 stores pairs (rule W-01). "
             "Keep this layer in float."
         )
-    return in_features // groups
+    if (block := in_features // groups) not in b.target.int4_sizes:
+        known = ", ".join(map(str, b.target.int4_sizes))
+        raise ExportError(
+            f"{name}: INT4 blocks of {block}, target {b.target.name} takes {known} (rule W-04). "
+            "Quantize with w4a16 or w4a16-g64."
+        )
+    return block
 
 
 def _static_scale(b: GraphBuilder, name: str) -> float:
@@ -147,9 +155,9 @@ def _static_scale(b: GraphBuilder, name: str) -> float:
             f"{name}: non-zero input zero point; TensorRT takes symmetric INT8 only (rule Q-01)"
         )
     values = b.weights.checkpoint.float_tensor(key)
-    stored = float(values.reshape(-1)[0].astype(b.weights.dtype)) if values.size == 1 else math.nan
-    tiny = float(np.finfo(b.weights.dtype).tiny)
-    if not tiny <= stored < math.inf:
+    type_ = b.float_type.numpy()
+    stored = float(values.reshape(-1)[0].astype(type_)) if values.size == 1 else math.nan
+    if not SMALLEST_NORMAL[b.weights.dtype] <= stored < math.inf:
         raise ExportError(
             f"{name}: input scale {values.reshape(-1)[:3].tolist()}, "
             f"expected one normal positive {b.weights.dtype} number. "
@@ -199,13 +207,77 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
 
 def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
     """Float or INT4 product."""
-    if one.kind == "int4":
-        product = b.op("MatMul", x, _int4_weight(b, one))
-        _mark(product, [one])
-        return product
-    shape = (one.in_features, one.out_features)
-    weight = b.weights.stored(f"{one.name}.weight", shape, np.transpose)
-    return b.op("MatMul", x, b.constant(f"{one.name}.weight", weight))
+    width = one.out_features
+
+    def product(x: ir.Value, piece: Piece) -> ir.Value:
+        if one.kind == "int4":
+            node = b.op("MatMul", x, _int4_weight(b, one, piece))
+            _mark(node, [one])
+            return node
+        weight = b.weights.stored(
+            f"{one.name}.weight", (piece.depth, width), lambda array: piece.columns(array).T
+        )
+        return b.op("MatMul", x, b.constant(f"{one.name}.weight{piece.suffix}", weight))
+
+    if one.block is not None:
+        nbytes, least = one.in_features * width // 2, one.block * b.target.int4_blocks
+        return _summed(b, x, one.in_features, nbytes, one.block, least, product)
+    nbytes = one.in_features * width * int(b.float_type.itemsize)
+    return _summed(b, x, one.in_features, nbytes, 1, 1, product)
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Input features [first, last) of a weight that has ``whole`` of them."""
+
+    first: int
+    last: int
+    whole: int
+
+    @property
+    def depth(self) -> int:
+        """Input features in it."""
+        return self.last - self.first
+
+    @property
+    def suffix(self) -> str:
+        """What its constants' names end in."""
+        return "" if self.depth == self.whole else f".{self.first}"
+
+    def columns(self, array: Array) -> Array:
+        """Its part of an array [out_features, columns], whose columns stand for equally many inputs."""
+        each = self.whole // array.shape[1]
+        return array[:, self.first // each : self.last // each]
+
+
+def _summed(
+    b: GraphBuilder,
+    x: ir.Value,
+    depth: int,
+    nbytes: int,
+    step: int,
+    least: int,
+    product: Callable[[ir.Value, Piece], ir.Value],
+) -> ir.Value:
+    """One product, or the sum of products of pieces of K where the weight of ``nbytes`` is above the
+    target's ``max_constant``.
+
+    Pieces are multiples of ``step`` inputs and hold at least ``least``. They are cut along K because
+    pieces along N, which read the same tensor, are joined again by TensorRT's compiler into one
+    weight; sums over different inputs are not.
+    """
+    limit = b.target.max_constant
+    count = 1 if limit is None else min(math.ceil(nbytes / limit), depth // least)
+    if count <= 1:
+        return product(x, Piece(0, depth, depth))
+    edges = [step * (depth // step * i // count) for i in range(count)] + [depth]
+    total: ir.Value | None = None
+    for first, last in pairwise(edges):
+        part = b.op("Slice", x, b.i64(first), b.i64(last), b.i64(-1))
+        part = product(part, Piece(first, last, depth))
+        total = part if total is None else b.op("Add", total, part)
+    assert total is not None
+    return total
 
 
 def _mark(product: ir.Value, group: Sequence[LinearPlan]) -> None:
@@ -258,17 +330,23 @@ def _scales(checkpoint: Checkpoint, name: str) -> Array:
     return scale
 
 
-def _int4_weight(b: GraphBuilder, one: LinearPlan) -> ir.Value:
+def _int4_weight(b: GraphBuilder, one: LinearPlan, piece: Piece) -> ir.Value:
     checkpoint, name, block = b.weights.checkpoint, one.name, one.block
     assert block is not None
-    shape = (one.in_features, one.out_features)
-    scales = (one.in_features // block, one.out_features)
-    weight = lazy_int4(shape, lambda: np.ascontiguousarray(_load(checkpoint, name).integers.T))
-    scale = b.weights.lazy(f"{name}.weight_scale", scales, lambda: _scales(checkpoint, name).T)
+    shape = (piece.depth, one.out_features)
+    scales = (piece.depth // block, one.out_features)
+
+    def integers() -> Array:
+        return np.ascontiguousarray(piece.columns(_load(checkpoint, name).integers).T)
+
+    def scale() -> Array:
+        return piece.columns(_scales(checkpoint, name)).T
+
+    key = f"{name}.weight_scale"
     return b.op(
         "DequantizeLinear",
-        b.constant(f"{name}.weight", weight),
-        b.constant(f"{name}.weight_scale", scale),
+        b.constant(f"{name}.weight{piece.suffix}", lazy_int4(shape, integers)),
+        b.constant(key + piece.suffix, b.weights.lazy(key, scales, scale)),
         axis=0,
         block_size=block,
     )
@@ -294,12 +372,11 @@ def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.
     if first.kind == "token":
         largest = b.op("ReduceMax", b.op("Abs", x), b.i64(-1), keepdims=1)
         m = b.op("Max", largest, b.scalar(TOKEN_FLOOR))
-        data = _round_trip(b, b.op("Div", x, m), 1.0 / 127.0)
+        data, scale = b.op("Div", x, m), 1.0 / 127.0
     else:
         assert first.input_scale is not None
-        m = None
-        data = _round_trip(b, x, first.input_scale)
-    product = _int8_product(b, data, group)
+        m, data, scale = None, x, first.input_scale
+    product = _int8_product(b, data, scale, group)
     if m is not None:
         product = b.op("Mul", product, m)
     product = _bias(b, product, group)
@@ -315,8 +392,12 @@ def _round_trip(b: GraphBuilder, x: ir.Value, scale: float) -> ir.Value:
     return b.op("DequantizeLinear", b.op("QuantizeLinear", x, *constants), *constants)
 
 
-def _int8_product(b: GraphBuilder, data: ir.Value, group: Sequence[LinearPlan]) -> ir.Value:
-    """MatMul(data, DQ(W, s0)) * c[n]."""
+def _int8_product(
+    b: GraphBuilder, x: ir.Value, scale: float, group: Sequence[LinearPlan]
+) -> ir.Value:
+    """MatMul(DQ(Q(x, scale)), DQ(W, s0)) * c[n]. Pieces are cut before they are quantized: ONNX
+    Runtime moves Q across Slice and gets its types wrong.
+    """
     checkpoint = b.weights.checkpoint
     sizes = [p.out_features for p in group]
     width, depth = sum(sizes), group[0].in_features
@@ -325,22 +406,31 @@ def _int8_product(b: GraphBuilder, data: ir.Value, group: Sequence[LinearPlan]) 
         rows = [np.broadcast_to(_scales(checkpoint, p.name)[:, 0], p.out_features) for p in group]
         return np.concatenate(rows)
 
-    def integers() -> Array:
-        stacked = np.empty((depth, width), np.int8)
-        for p, end in zip(group, np.cumsum(sizes), strict=True):
-            stacked[:, end - p.out_features : end] = _load(checkpoint, p.name).integers.T
-        return stacked
-
     s0 = weight_split(scales(), depth, group[0].input_scale)
     channel = b.weights.lazy(
         _joint(group, "weight_channel"), (width,), lambda: scales() / np.float32(s0)
     )
-    weight = b.constant(_joint(group, "weight"), lazy_int8((depth, width), integers))
-    # Its own zero, not a shared one: ONNX Runtime's pass for processors without VNNI copies the zero
-    # point of every weight under a name made from the old one, and stops at the second copy.
-    zero = ir.Tensor(np.array(0, np.int8))
-    zero_point = b.constant(_joint(group, "weight_zero_point"), zero)
-    dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), zero_point)
-    product = b.op("MatMul", data, dequantized)
-    _mark(product, group)
-    return b.op("Mul", product, b.constant(_joint(group, "weight_channel"), channel))
+
+    def product(x: ir.Value, piece: Piece) -> ir.Value:
+        data = _round_trip(b, x, scale)
+
+        def integers() -> Array:
+            stacked = np.empty((piece.depth, width), np.int8)
+            for p, end in zip(group, np.cumsum(sizes), strict=True):
+                part = piece.columns(_load(checkpoint, p.name).integers)
+                stacked[:, end - p.out_features : end] = part.T
+            return stacked
+
+        name = _joint(group, "weight") + piece.suffix
+        weight = b.constant(name, lazy_int8((piece.depth, width), integers))
+        # Its own zero, not a shared one: ONNX Runtime's pass for processors without VNNI copies the
+        # zero point of every weight under a name made from the old one, and stops at the second copy.
+        name = _joint(group, "weight_zero_point") + piece.suffix
+        zero_point = b.constant(name, ir.Tensor(np.array(0, np.int8)))
+        dequantized = b.op("DequantizeLinear", weight, b.scalar(s0), zero_point)
+        node = b.op("MatMul", data, dequantized)
+        _mark(node, group)
+        return node
+
+    whole = _summed(b, x, depth, depth * width, 1, 1, product)
+    return b.op("Mul", whole, b.constant(_joint(group, "weight_channel"), channel))

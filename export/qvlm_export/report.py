@@ -281,6 +281,7 @@ _SECTIONS = {
     "verify": "Replay of the goldens through ONNX Runtime: error of each output and its bound.",
     "greedy": "Greedy tokens through both graphs against the goldens.",
     "engines": "Engines compiled ahead of time, kernels checked.",
+    "largest activations": "Largest activations of the float model on the samples, and half of float16's range.",
     "rules": "TensorRT rules: findings below the level of an error.",
 }
 

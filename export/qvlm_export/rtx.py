@@ -20,7 +20,7 @@ from typing import Any
 from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.facts import GraphFacts, graph_facts
-from qvlm_runtime.manifest import ModelSpec, TargetSpec
+from qvlm_runtime.manifest import CacheForm, ModelSpec, TargetSpec
 
 COMPUTE_CAPABILITIES = (86, 89)
 # name -> (least, optimal, largest) shape
@@ -178,13 +178,13 @@ def integer_products(kernels: Sequence[Kernel], profile: int = 0) -> tuple[int, 
     return int4, int8
 
 
-def profiles(graph: str, model: ModelSpec) -> list[Profile]:
+def profiles(graph: str, model: ModelSpec, cache: CacheForm = "append") -> list[Profile]:
     """Optimization profiles of a graph: none for vision (fixed shapes), prefill and decode for the
     decoder.
 
     Prefill: S 1..max_context behind an empty cache (P = 0 exactly, which saves the past's copies).
-    Decode: S = 1, P 1..max_context - 1. image_features: from one row to as many images as the
-    context holds.
+    Decode: S = 1, P 1..max_context - 1. A "scatter" cache has fixed shapes.
+    image_features: from one row to as many images as the context holds.
     """
     if graph == "vision":
         return []
@@ -198,7 +198,7 @@ def profiles(graph: str, model: ModelSpec) -> list[Profile]:
             for name in ("input_ids", "image_index", "position_ids")
         }
         shapes["image_features"] = (*images, most)
-        for i in range(model.layers):
+        for i in range(model.layers if cache == "append" else 0):
             for kind in ("key", "value"):
                 shapes[f"past_{kind}_{i}"] = tuple(
                     (1, n, model.kv_heads, model.head_dim) for n in past
@@ -274,7 +274,17 @@ def compile_graph(path: Path, shapes: Sequence[Profile], sm: int) -> tuple[bytes
         raise ExportError(
             f"{path}: does not compile for SM{sm}: {log.errors() or 'no reason given'}"
         )
-    return bytes(plan), parse_kernels([message for _, message in log.messages])
+    return bytes(plan), _by_profile(parse_kernels([message for _, message in log.messages]))
+
+
+def _by_profile(kernels: Sequence[Kernel]) -> list[Kernel]:
+    """The kernels with ``profile`` counted from 0.
+
+    The compiler numbers segments, not profiles: where a cache is updated in place, each profile has
+    a segment without kernels in front.
+    """
+    rank = {segment: i for i, segment in enumerate(sorted({k.profile for k in kernels}))}
+    return [replace(kernel, profile=rank[kernel.profile]) for kernel in kernels]
 
 
 def compile_target(
@@ -293,7 +303,7 @@ def compile_target(
     work = [(sm, stem, path) for sm in capabilities for stem, path in spec.graphs.items()]
     for done, (sm, stem, path) in enumerate(work):
         progress("engines", done, len(work))
-        plan, kernels = compile_graph(folder / path, profiles(stem, model), sm)
+        plan, kernels = compile_graph(folder / path, profiles(stem, model, spec.cache), sm)
         facts = graph_facts(folder / path)
         check_kernels(kernels, facts, f"{path} for SM{sm}")
         relative = str(Path(path).parent / "engines" / f"{stem}.sm{sm}.plan")

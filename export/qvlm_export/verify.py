@@ -6,13 +6,15 @@ image features, prompt in one run and then each token through the cache; both gr
 other. Image and text tokens are compared apart, for they differ in size by an order of magnitude
 and an error in the few would drown in the many. Bounds are derived in ``bounds.py``. INT4 products
 keep float activations here (accuracy level 1), so that ONNX Runtime's own rounding does not hide
-the exporter's. Targets for TensorRT run the same way, in float16 on the CPU.
+the exporter's. Targets for TensorRT run the same way, in float16 on the CPU; a bfloat16 graph runs
+as its float32 twin (``twin.py``).
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +25,7 @@ from qvlm.progress import Progress
 from qvlm_export.bounds import Error, end_to_end_bound, graph_bound, relative_error
 from qvlm_export.build import model_spec
 from qvlm_export.facts import GraphFacts, graph_facts
+from qvlm_export.twin import float32_twin
 from qvlm_export.weights import Array
 from qvlm_runtime.backend import EXACT, Session, open_session
 from qvlm_runtime.decoder import Decoder
@@ -113,15 +116,16 @@ def verify_graphs(
     target = Path(spec.graphs["decoder"]).parent.name
     if not goldens:
         raise VerificationError(f"{folder}: no goldens to replay. Quantize again.")
-    try:
-        replay = _Replay(folder, spec, model)
-        for done, golden in enumerate(goldens):
-            progress(f"verify {target}", done, len(goldens))
-            replay.golden(golden)
-        if spec.dtype == "float32":  # ONNX Runtime has integer kernels for float32 graphs only
-            replay.fused(goldens[0])
-    except RuntimeFault as error:
-        raise VerificationError(str(error)) from error
+    with tempfile.TemporaryDirectory() as twins:
+        try:
+            replay = _Replay(folder, spec, model, Path(twins))
+            for done, golden in enumerate(goldens):
+                progress(f"verify {target}", done, len(goldens))
+                replay.golden(golden)
+            if spec.dtype == "float32":  # ONNX Runtime has integer kernels for float32 graphs only
+                replay.fused(goldens[0])
+        except RuntimeFault as error:
+            raise VerificationError(str(error)) from error
     progress(f"verify {target}", len(goldens), len(goldens))
     result = VerifyResult(target, tuple(replay.rows.values()), replay.agree, replay.positions)
     failed = [row for row in result.rows if not row.passed]
@@ -147,14 +151,21 @@ def _describe(folder: Path, target: str, failed: Sequence[VerifyRow]) -> str:
 
 
 class _Replay:
-    """Opened graphs of one target, and the worst row per output so far."""
+    """Opened graphs of one target, and the worst row per output so far.
 
-    def __init__(self, folder: Path, spec: TargetSpec, model: ModelSpec) -> None:
-        self.spec, self.model = spec, model
+    ``dtype`` is the graphs' float type, ``spec`` speaks of what is run: a bfloat16 graph's twin in
+    ``twins`` is float32.
+    """
+
+    def __init__(self, folder: Path, spec: TargetSpec, model: ModelSpec, twins: Path) -> None:
+        self.dtype, self.spec, self.model = spec.dtype, spec, model
         self.paths = {stem: folder / path for stem, path in spec.graphs.items()}
         self.facts: dict[str, GraphFacts] = {s: graph_facts(p) for s, p in self.paths.items()}
+        if spec.dtype == "bfloat16":
+            self.spec = replace(spec, dtype="float32")
+            self.paths = {stem: float32_twin(path, twins) for stem, path in self.paths.items()}
         self.vision = self._open("vision")
-        self.decoder = Decoder(self._open("decoder"), model, spec, str(self.paths["decoder"]))
+        self.decoder = Decoder(self._open("decoder"), model, self.spec, str(self.paths["decoder"]))
         self.rows: dict[tuple[str, str, str], VerifyRow] = {}
         self.agree = self.positions = 0
 
@@ -166,7 +177,7 @@ class _Replay:
         expected, unquantized = golden.outputs["quant"], golden.outputs["float"]
         features = self._features(golden.inputs["pixel_values"])
         moved = relative_error(expected["image_features"], unquantized["image_features"])
-        bound = graph_bound(self.facts["vision"], self.spec.dtype, 0, moved)
+        bound = graph_bound(self.facts["vision"], self.dtype, 0, moved)
         difference = self._compare(
             "vision", "image_features", "image", features, expected["image_features"], bound
         )
@@ -176,7 +187,7 @@ class _Replay:
             reference = expected[output][select]
             change = relative_error(reference, unquantized[output][select])
             last = len(golden.inputs["input_ids"]) + len(golden.inputs["tokens"])
-            bound = graph_bound(self.facts["decoder"], self.spec.dtype, last, change)
+            bound = graph_bound(self.facts["decoder"], self.dtype, last, change)
             self._compare("decoder", output, tokens, alone[output][select], reference, bound)
             joint = end_to_end_bound(bound, difference)
             self._compare("end to end", output, tokens, behind[output][select], reference, joint)

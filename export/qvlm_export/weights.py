@@ -23,7 +23,11 @@ from qvlm.progress import Progress
 
 Array = npt.NDArray[Any]
 
-DTYPES = {"float32": ir.DataType.FLOAT, "float16": ir.DataType.FLOAT16}
+DTYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "bfloat16": ir.DataType.BFLOAT16,
+}
 FLOAT16_MAX = 65504.0
 # Shape inference wants the small integer constants inside the graph; all that weighs goes outside.
 INLINE_BYTES = 1024
@@ -48,7 +52,7 @@ def to_float(array: Array, dtype: str, where: str) -> Array:
             f"{where}: largest magnitude {largest:.6g} overflows float16 (65504). "
             "Use a target with another float type, or rescale this weight."
         )
-    return wide.astype(dtype, copy=False)
+    return wide.astype(DTYPES[dtype].numpy(), copy=False)
 
 
 class Weights:

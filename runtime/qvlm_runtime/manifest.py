@@ -34,7 +34,7 @@ from qvlm_runtime.errors import FolderError
 SCHEMA = 1
 CacheForm = Literal["scatter", "append"]
 CACHE_FORMS = ("scatter", "append")
-DTYPES = ("float32", "float16")
+DTYPES = ("float32", "float16", "bfloat16")
 
 
 @dataclass(frozen=True)

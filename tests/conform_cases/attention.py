@@ -188,4 +188,17 @@ CASES: tuple[Case, ...] = (
             "k = Concat <axis=1> (past, new) y = Transpose <perm=[0,2,3,1]> (k)",
         ),
     ),
+    case(
+        "K-02",
+        graph(
+            "float16[1,P,1,64] past, float16[1,1,1,64] x",
+            "float16[1,1,1,64] new, float16[1,1,T,64] y",
+            "new = Mul (x, x) k = Concat <axis=1> (past, new) y = Transpose <perm=[0,2,1,3]> (k)",
+        ),
+        graph(
+            "float16[1,P,2,64] past, float16[1,1,2,64] x",
+            "float16[1,1,2,64] new, float16[1,2,T,64] y",
+            "new = Mul (x, x) k = Concat <axis=1> (past, new) y = Transpose <perm=[0,2,1,3]> (k)",
+        ),
+    ),
 )

@@ -22,7 +22,7 @@ class Case:
     bad: ModelProto | Make
     good: ModelProto | Make
     release: str = "rtx-1.7"
-    hardware: str = "sm86"
+    sm: int = 86
 
 
 def case(
@@ -30,9 +30,9 @@ def case(
     bad: ModelProto | Make,
     good: ModelProto | Make,
     release: str = "rtx-1.7",
-    hardware: str = "sm86",
+    sm: int = 86,
 ) -> Case:
-    return Case(rule, bad, good, release, hardware)
+    return Case(rule, bad, good, release, sm)
 
 
 def graph(

@@ -111,6 +111,12 @@ CASES: tuple[Case, ...] = (
         graph(X, "float16[4,8] y", "y = MatMul (x, w)", w=ramp(np.float16, 64, 8)),
     ),
     case(
+        "T-12",
+        graph("bfloat16[4,64] x", "bfloat16[4,64] y", "y = Mul (x, x)"),
+        graph(X, "float16[4,64] y", "y = Mul (x, x)"),
+        sm=75,
+    ),
+    case(
         "O-01",
         graph("int32[4,64] x", "int32[4,64] y", "y = BitwiseNot (x)"),
         graph("bool[4,64] x", "bool[4,64] y", "y = Not (x)"),
@@ -228,5 +234,11 @@ CASES: tuple[Case, ...] = (
             s=i64(0, 8, 8),
         ),
         graph(X, "float16[4,8,8] y", "y = Reshape (x, s)", s=i64(0, 8, 8)),
+    ),
+    case(
+        "O-16",
+        graph(X, "int64[1] y", "y = Shape <start=1, end=2> (x)"),
+        graph(X, "int64[1] y", "s = Shape (x) y = Gather <axis=0> (s, i)", i=i64(1)),
+        "10.3",
     ),
 )

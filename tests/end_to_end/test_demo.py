@@ -16,11 +16,17 @@ import torch
 
 import qvlm_calib_data
 from qvlm.capture import build_sample
+from qvlm.checkpoint import Checkpoint
 from qvlm.data import Question, evaluation
 from qvlm.evaluate import answers, load_quantized
+from qvlm.progress import silent
 from qvlm.recipe import RECIPES
 from qvlm.source import Loaded, load, open_source
+from qvlm_export.build import build, model_spec
+from qvlm_export.conform import check
 from qvlm_export.pipeline import Request, Result, export
+from qvlm_export.rtx import compile_target
+from qvlm_export.targets import TARGETS, Variant, named_target
 from qvlm_runtime import Model
 from qvlm_runtime import load as load_folder
 from qvlm_runtime.backend import EXACT
@@ -153,6 +159,33 @@ def test_quantized_answers_stay_within_a_point_of_float(
     quantized = answers(load_quantized(work / "w4a16.checkpoint"), asked).exact_match
     assert floats >= 0.95
     assert quantized >= floats - 0.01
+
+
+def test_every_target_takes_the_demo(quantized_export: Result, work: Path) -> None:
+    checkpoint = Checkpoint(work / "w4a16.checkpoint")
+    for name, target in TARGETS.items():
+        for cache in target.caches:
+            variant = named_target(name, Variant(cache=cache))
+            spec = build(checkpoint, variant, work / cache, None, silent)
+            if target.is_tensorrt:
+                findings = check(work / cache, variant)
+                assert [finding.line() for finding in findings] == []
+            assert spec.cache == cache
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("sm", [86, 89])
+def test_the_demo_compiles_with_its_integers(
+    quantized_export: Result, work: Path, tmp_path: Path, sm: int
+) -> None:
+    pytest.importorskip("tensorrt_rtx_bindings")
+    checkpoint = Checkpoint(work / "w4a16.checkpoint")
+    model = model_spec(checkpoint)
+    spec = build(checkpoint, named_target("rtx"), tmp_path, None, silent)
+    _, rows = compile_target(tmp_path, spec, model, silent, (sm,))
+    assert [row.checked for row in rows] == [True, True]
+    decoder = next(row for row in rows if row.engine.endswith("decoder"))
+    assert decoder.int4_products == 4 * model.layers  # q/k/v and gate/up are joined
 
 
 def test_the_showcase_is_answered(quantized_export: Result) -> None:

@@ -179,7 +179,7 @@ def test_unknown_names_list_the_known_ones(built: Callable[..., Any], tmp_path: 
     changed.config = {**changed.config, "model_type": "qwen9"}
     with pytest.raises(UnsupportedModelError, match=r"model_type 'qwen9'.*Supported: llava"):
         build(changed, named_target("ort"), tmp_path, None, silent)
-    with pytest.raises(ExportError, match=r"target 'gpu' is unknown. Known: ort, rtx, jetpack6"):
+    with pytest.raises(ExportError, match=r"target 'gpu' is unknown. Known: ort, .*jetpack6"):
         named_target("gpu")
     with pytest.raises(ExportError, match="max_context 161: the model takes 2 to 160"):
         build(checkpoint, named_target("ort"), tmp_path, 161, silent)

@@ -13,6 +13,7 @@ from qvlm_export.conform.view import (
     attribute,
     dtype_name,
     has_attribute,
+    tensor_bytes,
 )
 
 _WITH_ATTENTION: tuple[Release, ...] = ("10.13", "10.15", "11", "rtx-1.7")
@@ -20,6 +21,8 @@ _WITH_ROTARY: tuple[Release, ...] = ("10.15", "11", "rtx-1.7")
 # Compiles to a fused kernel: 16, 32, 36, 40, 60, 64, 66, 72, 80, 96, 100, 128, 192, 256; refused: 4, 8, 264, 320.
 _HEAD_SIZES = (16, 256)
 _HEAD_STEP = 8
+# Alignment of every address that is bound.
+_ADDRESS = 256
 _INPUTS = {4: "past_key", 5: "past_value", 6: "nonpad_kv_seqlen"}
 _ATTRIBUTES = ("softcap", "softmax_precision", "qk_matmul_output_mode")
 _CACHE_TYPES = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16)
@@ -234,6 +237,26 @@ def _head_major_past(view: GraphView, _: Consumer) -> Iterator[Breach]:
             yield breach(node, past, found, "[batch, length, heads, D]")
 
 
+def _unaligned_rows(view: GraphView, _: Consumer) -> Iterator[Breach]:
+    for node in view.ops("Concat"):
+        past = next((name for name in node.input if name in view.inputs), None)
+        new = next((name for name in node.input if name in view.outputs), None)
+        shape = None if past is None else view.shape(past)
+        if past is None or new is None or shape is None or len(shape) != 4:
+            continue
+        heads, size, dtype = shape[2], shape[3], view.dtype(past)
+        if (
+            attribute(node, "axis", 0) != 1
+            or not isinstance(heads, int)
+            or not isinstance(size, int)
+        ):
+            continue
+        row = None if dtype is None else tensor_bytes(dtype, (heads, size))
+        if row is not None and row % _ADDRESS:
+            found = f"rows of {row} bytes"
+            yield breach(node, new, found, f"a multiple of {_ADDRESS}")
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "A-01",
@@ -386,5 +409,13 @@ RULES: tuple[Rule, ...] = (
         TENSORRT,
         "Keep the past as [batch, length, heads, D]: then new rows land behind it without a copy.",
         _head_major_past,
+    ),
+    Rule(
+        "K-02",
+        "cache rows that break the alignment of addresses",
+        "warning",
+        TENSORRT,
+        "Pad the heads, or let the runtime copy: rows bound behind the past need 256-byte addresses.",
+        _unaligned_rows,
     ),
 )

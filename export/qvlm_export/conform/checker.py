@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -28,9 +27,8 @@ _ORDER: dict[Level, int] = {"error": 0, "warning": 1, "info": 2}
 
 
 def consumer_of(target: Target) -> Consumer:
-    """The column of the rule book that a target falls under, and the GPU generations its hardware names."""
-    sm = tuple(int(number) for number in re.findall(r"\bsm(\d+)", target.hardware))
-    return Consumer(release_column(target.release), sm)
+    """The column of the rule book that a target falls under, and its GPU generations."""
+    return Consumer(release_column(target.release), target.sm)
 
 
 def check(model_path: Path, target: Target) -> list[Finding]:

@@ -14,6 +14,7 @@ from qvlm_export.conform.view import (
     argument,
     attribute,
     dtype_name,
+    has_attribute,
     operator,
 )
 
@@ -146,6 +147,15 @@ def _reshape_zero(view: GraphView, _: Consumer) -> Iterator[Breach]:
             yield breach(node, node.input[1], f"allowzero=1 with {shape}", "allowzero=0")
 
 
+def _partial_shape(view: GraphView, _: Consumer) -> Iterator[Breach]:
+    for node in view.ops("Shape"):
+        for name in ("start", "end"):
+            if has_attribute(node, name):
+                yield breach(
+                    node, node.output[0], f"Shape with {name}", "Gather from the whole Shape"
+                )
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "O-01",
@@ -266,5 +276,13 @@ RULES: tuple[Rule, ...] = (
         TENSORRT,
         "Leave allowzero out and name the dimension, or use -1.",
         _reshape_zero,
+    ),
+    Rule(
+        "O-16",
+        "part of a shape by attributes",
+        "warning",
+        ONLY_10_3,
+        "Take the dimension with Gather: 8.0's importer skips start and end, 10.3's is not known to read them.",
+        _partial_shape,
     ),
 )

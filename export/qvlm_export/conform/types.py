@@ -36,6 +36,8 @@ _SAME_TYPE = {
     **dict.fromkeys(("Equal", "Less", "Greater", "LessOrEqual", "GreaterOrEqual"), slice(None)),
     "Where": slice(1, None),
 }
+# First GPU generation with BFLOAT16 and INT4 weights.
+_BFLOAT16_SM = 80
 # Operators that may read a quantized tensor; cast is for INT8 alone.
 _QUANTIZED_READERS = {"DequantizeLinear", "QuantizeLinear"}
 
@@ -151,6 +153,23 @@ def _float32_product(view: GraphView, _: Consumer) -> Iterator[Breach]:
             yield breach(node, name, "FLOAT weight", "FLOAT16, BFLOAT16 or quantized")
 
 
+def _old_hardware(view: GraphView, consumer: Consumer) -> Iterator[Breach]:
+    old = [sm for sm in consumer.sm if sm < _BFLOAT16_SM]
+    if not old:
+        return
+    for name in (
+        *view.initializers,
+        *view.inputs,
+        *(n for node in view.nodes for n in node.output),
+    ):
+        if view.dtype(name) in (TensorProto.BFLOAT16, TensorProto.INT4):
+            node = view.producer(name) or next(iter(view.consumers(name)), None)
+            found = f"{dtype_name(view.dtype(name))} on sm{old[0]}"
+            yield Breach(
+                label(node) if node else "", name, found, f"FLOAT16 or INT8 below sm{_BFLOAT16_SM}"
+            )
+
+
 RULES: tuple[Rule, ...] = (
     Rule(
         "T-01",
@@ -232,5 +251,13 @@ RULES: tuple[Rule, ...] = (
         TENSORRT,
         "Export float weights as FLOAT16: float32 products cost twice the memory and most of the speed.",
         _float32_product,
+    ),
+    Rule(
+        "T-12",
+        "BFLOAT16 or INT4 without hardware",
+        "error",
+        TENSORRT,
+        "Export FLOAT16 with INT8 weights for this device.",
+        _old_hardware,
     ),
 )

@@ -1,5 +1,6 @@
 """Proves that the checker and NVIDIA's own parser and compiler (TensorRT for RTX) give one verdict on
-every graph that both can judge, but for the disagreements listed here one by one.
+every graph that both can judge, but for the disagreements listed one by one, and that
+``rtx_agreement.md`` says so.
 
 Run: python -m pytest tests/export/conform/test_rtx_agreement.py -m rtx
 """
@@ -9,85 +10,43 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from conform_cases import attention, graphs, operators, quantization
-from conform_cases.build import Case, save
+from conform_cases.agreement import (
+    ACCEPTED,
+    CASES,
+    KERNELS,
+    TABLE,
+    compile_case,
+    verdicts,
+)
+from conform_cases.build import Case
 
-from qvlm.errors import ExportError
-from qvlm_export.conform import RULES, check_graph
-from qvlm_export.conform.view import GraphView
-from qvlm_export.rtx import Kernel, compile_graph, integer_products
-from qvlm_export.targets import TARGETS
+from qvlm_export.rtx import integer_products
 
 pytestmark = pytest.mark.rtx
 
-# Graphs that this checker calls an error and TensorRT for RTX compiles.
-ACCEPTED = {
-    "A-05": "It builds; is_causal aligned to the upper left corner hides most of the past from new rows.",
-    "Q-02": "It builds with a warning and reads UINT8 as INT8, so the numbers differ from ONNX Runtime's.",
-    "Q-06": "It builds where only the weight is quantized; behind an INT8 activation, or on an sm87 device with "
-    "10.16, type inference fails.",
-    "Q-15": "Its parser turns DOUBLE scales into FLOAT; ONNX and ONNX Runtime do not have them.",
-    "W-01": "It builds by unpacking the weight to float16 at every run; releases before 11 want whole bytes per row.",
-    "W-07": "It builds by expanding the weight to float16; NVIDIA's guide names INT4 for matrix products only.",
-    "W-09": "It builds an Int4 product; NVIDIA's guide calls INT4 weight-only and no release runs this elsewhere.",
-    "W-10": "It builds, but multiplies block scales in behind the sum over all blocks, which is another result.",
-}
-# Rules about speed that the kernel list shows: what the clean graph has more, or less, of.
-KERNELS = {
-    "A-06": "fewer kernels",
-    "C-04": "fewer kernels",
-    "C-05": "fewer kernels",
-    "G-05": "more INT4 products",
-    "P-02": "more INT8 products",
-    "P-05": "fewer kernels",
-    "P-06": "more INT8 products",
-    "Q-13": "more INT8 products",
-    "W-01": "more INT4 products",
-    "W-02": "more INT4 products",
-    "W-05": "more INT4 products",
-}
-ON_RTX = {rule.id for rule in RULES if "rtx-1.7" in rule.releases}
-# X-01 would write 2 GiB for a parser that cannot read it.
-CASES = [
-    case
-    for case in (*operators.CASES, *attention.CASES, *quantization.CASES, *graphs.CASES)
-    if case.rule in ON_RTX - {"X-01"}
-]
-FREE = 16  # what a dynamic dimension becomes
 
-
-def compile_case(case: Case, which: str, folder: Path) -> list[Kernel]:
-    """Kernels of the case's graph on SM86; ExportError with NVIDIA's message if it is refused."""
-    path = save(getattr(case, which), folder / "model.onnx")
-    view = GraphView.open(path)
-    profile = {}
-    for name in view.inputs:
-        shape = view.shape(name) or ()
-        fixed = tuple(size if isinstance(size, int) else FREE for size in shape)
-        if fixed != shape:
-            profile[name] = (fixed, fixed, fixed)
-    return compile_graph(path, [profile] if profile else [], 86)[1]
-
-
-def refused(case: Case, which: str, folder: Path) -> bool:
-    try:
-        compile_case(case, which, folder)
-    except ExportError:
-        return True
-    return False
-
-
-@pytest.mark.parametrize("which", ["bad", "good"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.rule)
-def test_same_verdict(case: Case, which: str, tmp_path: Path) -> None:
+def test_same_verdict(case: Case, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
-    path = save(getattr(case, which), tmp_path / "model.onnx")
-    ours = any(finding.level == "error" for finding in check_graph(path, TARGETS["rtx"]))
-    theirs = refused(case, which, tmp_path)
-    if which == "bad" and case.rule in ACCEPTED:
-        assert (ours, theirs) == (True, False), "no longer a disagreement: take it off the list"
+    found = verdicts(case, tmp_path)
+    ours, theirs = found.good
+    assert ours == theirs
+    if case.rule in ACCEPTED:
+        assert found.bad == (True, False), "no longer a disagreement: take it off the list"
     else:
-        assert ours == theirs
+        assert found.bad[0] == found.bad[1]
+    written = TABLE.read_text(encoding="utf-8").splitlines()
+    assert found.row() in written, "write the table again: see conform_cases/agreement.py"
+
+
+def test_the_table_has_every_case() -> None:
+    lines = TABLE.read_text(encoding="utf-8").splitlines()
+    rules = [line.split(" | ")[0].removeprefix("| ") for line in lines if line.startswith("| ")]
+    assert rules[2:] == [case.rule for case in CASES]
+    different = sum(case.rule in ACCEPTED for case in CASES)
+    assert lines[2].startswith(
+        f"{len(CASES)} rules, two graphs each: {2 * len(CASES) - different} of {2 * len(CASES)} verdicts agree."
+    )
 
 
 @pytest.mark.parametrize("rule", sorted(KERNELS))

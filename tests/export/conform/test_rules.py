@@ -22,7 +22,7 @@ CASES = (*operators.CASES, *attention.CASES, *quantization.CASES, *graphs.CASES)
 
 def target(case: Case) -> Target:
     release = None if case.release == "ort" else case.release
-    return replace(TARGETS["jetpack6"], name="case", release=release, hardware=case.hardware)
+    return replace(TARGETS["jetpack6"], name="case", release=release, sm=(case.sm,))
 
 
 def findings(case: Case, which: str, folder: Path) -> list[Finding]:
