@@ -44,6 +44,11 @@ class Tokenizer:
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
         return text
 
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json text."""
+        text: str = self._fast.to_str()
+        return text
+
     def token(self, token_id: int) -> str | None:
         """A token's own spelling, or None if there is no such id."""
         spelling: str | None = self._fast.id_to_token(token_id)
