@@ -30,7 +30,7 @@ class AsyncStream(AsyncIterator[str]):
 
     async def open(self) -> None:
         """Check the request and reserve its cache now; raises what ``Model.stream`` raises."""
-        await self._in_thread(self._opened)
+        await self._in_thread(self._begun)
 
     async def __anext__(self) -> str:
         piece = await self._in_thread(self._step)
@@ -43,6 +43,11 @@ class AsyncStream(AsyncIterator[str]):
         async for _ in self:
             pass
         return self.generation
+
+    @property
+    def opened(self) -> bool:
+        """Whether the request was accepted."""
+        return self._stream is not None
 
     @property
     def stream(self) -> Stream:
@@ -69,7 +74,7 @@ class AsyncStream(AsyncIterator[str]):
         if self._stream is not None:
             self._stream.close()
 
-    def _opened(self) -> Stream:
+    def _begun(self) -> Stream:
         if self._stream is None:
             self._stream = self._start()
             if self._cancel.is_set():
@@ -77,7 +82,7 @@ class AsyncStream(AsyncIterator[str]):
         return self._stream
 
     def _step(self) -> str | None:
-        stream = self._opened()
+        stream = self._begun()
         piece = next(stream, None)
         if stream.cancelled:  # it ends here: nobody may come back for the rest
             piece = ((piece or "") + "".join(stream)) or None

@@ -6,7 +6,8 @@ RuntimeFault          base; qvlm-run prints it as one line and exits with 1
 ├── PromptError       a prompt that cannot be answered (too long, images and markers differ,
 │                     a bad option)
 ├── ImageError        an image that cannot be read
-└── CapacityError     no memory is left now; the same request may succeed when others have ended
+├── CapacityError     no memory is left now; the same request may succeed when others have ended
+└── ServeError        a server that cannot start as it was asked to
 """
 
 
@@ -32,3 +33,7 @@ class ImageError(RuntimeFault):
 
 class CapacityError(RuntimeFault):
     """What is asked exceeds the memory that is free now, not what the model can do."""
+
+
+class ServeError(RuntimeFault):
+    """A server that cannot start as it was asked to."""

@@ -89,6 +89,11 @@ class Stream(Iterator[str]):
         return self._answer.generation
 
     @property
+    def token_ids(self) -> tuple[int, ...]:
+        """Ids generated so far."""
+        return tuple(self._answer.ids)
+
+    @property
     def scores(self) -> list[Score]:
         """Scores of the tokens so far, if log-probabilities were asked for."""
         return self._answer.request.chooser.scores
@@ -136,6 +141,7 @@ class _Answer:
         self.request = request
         self.cancel = threading.Event()
         self.generation: Generation | None = None
+        self.ids: list[int] = []
         self._model = model
         self._on_finish = on_finish
         self._deadline: float | None = None
@@ -147,7 +153,7 @@ class _Answer:
         if options.timeout is not None:
             self._deadline = time.monotonic() + options.timeout
         stops, detokenizer = StopText(options.stop), Detokenizer(self._model.tokenizer)
-        ids, given = list[int](), list[str]()
+        given, ids = list[str](), self.ids
         try:
             for token in self._tokens(context, context.reuse(keys)):
                 ids.append(token)
