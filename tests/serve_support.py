@@ -101,6 +101,7 @@ class Brake:
 
     def __init__(self) -> None:
         self.runs = 0
+        self._last: int | None = None
         self._open = threading.Event()
         self._open.set()
         self._original = OrtBinding.run
@@ -108,7 +109,12 @@ class Brake:
     def on(self) -> None:
         self._open.clear()
 
+    def after(self, runs: int) -> None:
+        """Go on once that many further runs have begun."""
+        self._last = self.runs + runs
+
     def off(self) -> None:
+        self._last = None
         self._open.set()
 
     def __enter__(self) -> Brake:
@@ -116,6 +122,8 @@ class Brake:
 
         def run(binding: OrtBinding) -> None:
             brake.runs += 1
+            if brake.runs == brake._last:
+                brake.on()
             assert brake._open.wait(WAIT), "the brake was not taken off"
             brake._original(binding)
 

@@ -22,7 +22,11 @@ class Context:
     def __init__(self, decoder: Decoder, capacity: int, budget: CacheBudget) -> None:
         """CapacityError if the budget has no room; PromptError if the graph has not so many rows."""
         self._lease = budget.reserve(decoder.cache_bytes(capacity))
-        self._state: DecoderState | None = decoder.start(capacity)
+        try:
+            self._state: DecoderState | None = decoder.start(capacity)
+        except BaseException:
+            self._lease.release()  # a traceback that is kept somewhere must not keep the bytes
+            raise
         self._held: list[RowKey] = []
 
     @property
