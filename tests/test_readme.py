@@ -68,6 +68,7 @@ HELP = {
     "qvlm": "qvlm.cli",
     "qvlm-export": "qvlm_export.cli",
     "qvlm-run": "qvlm_runtime.cli",
+    "qvlm-serve": "qvlm_runtime.serve.cli",
 }
 
 
