@@ -125,7 +125,7 @@ class Page:
         """Choose a file, as a person does in the dialog of a file input."""
         root = self.send("DOM.getDocument")["root"]["nodeId"]
         node = self.send("DOM.querySelector", nodeId=root, selector=selector)["nodeId"]
-        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path)])
+        self.send("DOM.setFileInputFiles", nodeId=node, files=[str(path.resolve())])
 
     def picture(self, dark: bool = False) -> bytes:
         """A PNG of the page."""

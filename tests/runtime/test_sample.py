@@ -28,11 +28,11 @@ def textbook(
     if top_k:
         order = order[:top_k]
     weights = [math.exp((float(logits[i]) - float(logits.max())) / temperature) for i in order]
-    kept, mass = [], 0.0
+    kept, mass, total = [], 0.0, sum(weights)
     for token, weight in zip(order, weights, strict=True):
         kept.append(token)
         mass += weight
-        if top_p < 1 and mass >= top_p * sum(weights):
+        if top_p < 1 and mass >= top_p * total:
             break
     return [i for i in kept if share[i] >= min_p]
 
