@@ -119,7 +119,8 @@ class Model:
         ``cache_bytes(max_rows)`` is what it takes, reserved here: CapacityError if ``cache_limit``
         has no room. when_full: see conversation.py.
         """
-        return Conversation(self, system, max_rows or self.decoder.max_rows, when_full)
+        rows = self.decoder.max_rows if max_rows is None else max_rows
+        return Conversation(self, system, rows, when_full)
 
     def cache_bytes(self, rows: int) -> int:
         """Bytes of a cache with room for that many tokens."""

@@ -336,7 +336,8 @@ def test_a_smaller_limit_of_tokens_is_also_the_default(model: Model) -> None:
 # --- the command ---------------------------------------------------------------------------------
 
 
-def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
+@pytest.mark.parametrize("told", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_it_is_told_to_stop(folder: Path, told: signal.Signals) -> None:
     process = subprocess.Popen(
         [sys.executable, "-m", "qvlm_runtime.serve.cli", str(folder), "--port", "0", "--target",
          "rtx", "--threads", "1", "--image-root", str(folder / "pictures")],
@@ -349,7 +350,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder: Path) -> None:
         found = re.fullmatch(r"qvlm-serve: toy at http://127\.0\.0\.1:(\d+)\n", line)
         assert found, line
         assert post(int(found[1]), chat_body(urls=("a b.png",)))[0] == 200
-        process.send_signal(signal.SIGINT)
+        process.send_signal(told)
         out, err = process.communicate(timeout=30)
         assert (process.returncode, out, err) == (0, "", "")
     finally:

@@ -5,6 +5,9 @@ whole run: python -m pytest tests/runtime/test_stream.py
 
 import asyncio
 import gc
+import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +18,7 @@ import pytest
 from PIL import Image
 from runtime_support import FORMS, model_spec, write_folder
 
+import qvlm_runtime
 from qvlm_runtime import CapacityError, FeatureCache, ImageError, Model, PromptError, load
 from qvlm_runtime.ort import OrtBinding
 
@@ -68,6 +72,27 @@ def test_a_prompt_in_pieces_gives_the_same_answer(
     assert pieces.token_ids == whole.token_ids
     tokens = whole.timings.prompt_tokens
     assert len(steps) - before == -(-tokens // chunk) + pieces.timings.decode_steps
+
+
+def test_pieces_bound_the_memory_of_a_long_prompt(tmp_path: Path) -> None:
+    """Attention scores of 3,000 tokens at once are 2 heads x 3000 x 3000 x 4 bytes = 72 MB, several times over
+    (scaled, masked, softmax); in pieces of 100 each is 2.4 MB."""
+    write_folder(tmp_path, max_context=3100)
+    peaks = {}
+    for chunk in (None, 100):
+        code = (
+            "import resource\nfrom qvlm_runtime import load\n"
+            f"model = load({str(tmp_path)!r}, 'rtx', threads=1, verify=False)\n"
+            f"model.generate('x' * 3000, max_new_tokens=1, prefill_chunk={chunk})\n"
+            "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        )
+        root = str(Path(qvlm_runtime.__file__).parent.parent)
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": root},
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        peaks[chunk] = int(done.stdout) * (1 if sys.platform == "darwin" else 1024)
+    assert peaks[None] - peaks[100] > 72 << 20
 
 
 # --- ends ----------------------------------------------------------------------------------------

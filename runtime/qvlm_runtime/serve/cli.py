@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import socket
 import sys
 from collections.abc import Sequence
@@ -132,6 +133,8 @@ def _serve(args: argparse.Namespace) -> None:
             timeout_graceful_shutdown=_SHUTDOWN_SECONDS,
         )
         try:
+            # uvicorn stops in order and raises the signal again: this makes it an exit, not a death.
+            signal.signal(signal.SIGTERM, signal.default_int_handler)
             with _listen(args.host, args.port) as listening:
                 host, port = listening.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
