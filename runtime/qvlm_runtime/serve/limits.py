@@ -11,7 +11,8 @@ class Limits:
 
     body_bytes and body_seconds: a request's body and how long it may take to arrive. image_pixels:
     of one image, read from its header before it is decoded. new_tokens: the largest max_tokens.
-    concurrent answers run at once, ``queue`` requests wait for at most queue_seconds.
+    concurrent answers run at once, ``queue`` further requests arrive or wait, for at most
+    queue_seconds; so bodies take at most (concurrent + queue) * body_bytes at a time.
     request_seconds: an answer from its turn to its last byte, a slow reader included.
     prefill_chunk bounds activation memory and how long a cancellation waits.
     """
