@@ -52,7 +52,7 @@ class JsonGrammars:
             plain = json.loads(schema) if isinstance(schema, str) else dict(schema)
             # llguidance takes the schema as text, so its errors are about the same document.
             grammar = LLMatcher.grammar_from_json_schema(json.dumps(plain), overrides=_LAYOUT)
-        except (ValueError, TypeError) as error:
+        except (ValueError, TypeError, RecursionError) as error:
             raise PromptError(f"json_schema: not a JSON schema ({error}).") from error
         matcher = LLMatcher(self._compiled(), grammar, log_level=0)
         if matcher.is_error():

@@ -26,6 +26,7 @@ import json
 import os
 import random
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -322,6 +323,7 @@ def main() -> int:
     parser.add_argument("--target")
     parser.add_argument("--json", action="store_true", help="one object as the last line")
     args = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a stopped run stops its server
     parts: list[Callable[[], dict[str, Any]]] = []
     if args.generations:
         parts.append(lambda: generations(args.folder, args.target, args.generations))
