@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal
 
+from qvlm_runtime.aio import AsyncStream
 from qvlm_runtime.context import Context
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.generate import DEFAULT_NEW_TOKENS
@@ -34,6 +35,8 @@ WhenFull = Literal["error", "drop_oldest"]
 
 class Conversation:
     """Made by ``Model.conversation``. One answer at a time; several conversations at once.
+
+    messages: the turns so far, in Hugging Face's form; they may be changed between turns.
 
     when_full says what happens when prompt and answer exceed ``max_rows``: "error" raises
     PromptError, "drop_oldest" leaves out the oldest question with its answer, again until the rest
@@ -92,6 +95,18 @@ class Conversation:
             stream = Stream(self._model, request, self._context, True, finished)
             self._active = weakref.ref(stream)
             return stream
+
+    def astream(
+        self, question: str, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
+    ) -> AsyncStream:
+        """As ``stream``, for ``async for``; all work is done in the event loop's threads."""
+        return AsyncStream(lambda: self.stream(question, images, **options))
+
+    async def aask(
+        self, question: str, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
+    ) -> Generation:
+        """As ``ask``, awaited. Cancelling the task ends the answer within one token."""
+        return await self.astream(question, images, **options).read()
 
     def close(self) -> None:
         """Free the cache; a later question raises SessionError."""

@@ -2,6 +2,7 @@
 cut a prompt in silence, for both cache forms: python -m pytest tests/runtime/test_conversation.py
 """
 
+import asyncio
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -197,6 +198,25 @@ def test_dropping_the_oldest_turns_is_told_and_equals_a_cold_run(model: Model) -
         assert sum(dropped) > 0 and dropped[0] == 0
         with pytest.raises(PromptError, match=r"cache (of )?64 rows"):
             talk.ask("z" * 60, max_new_tokens=8)
+
+
+def test_conversations_in_an_event_loop_equal_serial_ones(model: Model) -> None:
+    def serial(n: int) -> list[str]:
+        with model.conversation() as talk:
+            return [talk.ask(f"{n}{q}", i, max_new_tokens=6).text for q, i in TURNS]
+
+    async def one(n: int) -> list[str]:
+        with model.conversation() as talk:
+            texts = [(await talk.aask(f"{n}{q}", i, max_new_tokens=6)).text for q, i in TURNS[:-1]]
+            question, images = TURNS[-1]
+            stream = talk.astream(f"{n}{question}", images, max_new_tokens=6)
+            return [*texts, "".join([piece async for piece in stream])]
+
+    async def everything() -> list[list[str]]:
+        return list(await asyncio.gather(*(one(n) for n in range(4))))
+
+    assert asyncio.run(everything()) == [serial(n) for n in range(4)]
+    assert model.budget.used == 0
 
 
 def test_a_closed_conversation_says_so(model: Model) -> None:
