@@ -4,6 +4,7 @@ stop it, see errors, and no rule of its content policy broken: python -m pytest 
 """
 
 import base64
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -139,35 +140,14 @@ def test_a_server_with_a_token_asks_for_it(model: Model, page: Page) -> None:
 
 
 def test_an_answer_is_text_and_never_markup(model: Model, page: Page) -> None:
-    """What a model writes is not trusted: a tag in an answer is shown, not built."""
-    app = App(model, "toy", Limits(new_tokens=40))
-    markup = "<img src=x onerror=alert(1)>"
-    words = iter([4 + byte for byte in markup.encode()])
-    original = model.request
-
-    def scripted(*arguments: object, **named: object) -> object:
-        request = original(*arguments, **named)  # type: ignore[arg-type]
-        object.__setattr__(request, "chooser", Scripted(words))
-        return request
-
-    model.request = scripted  # type: ignore[method-assign,assignment]
-    try:
-        with serving(app) as port:
-            page.open(f"http://127.0.0.1:{port}/")
-            page.run(ASK.format("Hello"))
-            page.wait(f"{TEXT.format('facts')} !== ''")
-            assert page.run(TEXT.format("answer")) == markup
-            assert page.run("document.querySelectorAll('#answer *').length") == 0
-    finally:
-        del model.request
-
-
-class Scripted:
-    """Says given tokens, then the end token."""
-
-    def __init__(self, tokens: Iterator[int]) -> None:
-        self.tokens = tokens
-        self.scores: list[object] = []
-
-    def __call__(self, logits: object) -> int:
-        return next(self.tokens, 2)
+    """What a model writes is not trusted: a tag that arrives in one piece is shown, not built."""
+    markup = "<b>bold</b><img src=x>"
+    chunk = json.dumps({"choices": [{"delta": {"content": markup}}]})
+    events = json.dumps(f"data: {chunk}\n\ndata: [DONE]\n\n")
+    with serving(App(model, "toy")) as port:
+        page.open(f"http://127.0.0.1:{port}/")
+        page.run(f"window.fetch = async () => new Response({events})")
+        page.run(ASK.format("Hello"))
+        page.wait(f"{TEXT.format('answer')} !== ''")
+        assert page.run(TEXT.format("answer")) == markup
+        assert page.run("document.querySelectorAll('#answer *').length") == 0
