@@ -273,7 +273,7 @@ def test_health_metrics_and_the_page(port: int) -> None:
     # An answer is counted behind its last byte.
     wait_for(lambda: sum_of(port, "generated_tokens_total") == before + 7)
     wait_for(lambda: sum_of(port, "answers_running") == sum_of(port, "cache_bytes") == 0)
-    assert sum_of(port, 'requests_total{status="200"}') >= 1
+    wait_for(lambda: 'qvlm_requests_total{status="200"}' in metrics(port))
     for path in ("/", "/page.js", "/page.css"):
         status, body, headers = request(port, "GET", path)
         assert status == 200 and body
@@ -282,9 +282,12 @@ def test_health_metrics_and_the_page(port: int) -> None:
         assert not re.search(rb"https?://", body), "nothing from elsewhere"
 
 
+def metrics(port: int) -> str:
+    return request(port, "GET", "/metrics")[1].decode()
+
+
 def sum_of(port: int, name: str) -> float:
-    text = request(port, "GET", "/metrics")[1].decode()
-    found = re.search(rf"^qvlm_{re.escape(name)} (\S+)$", text, re.MULTILINE)
+    found = re.search(rf"^qvlm_{re.escape(name)} (\S+)$", metrics(port), re.MULTILINE)
     assert found, f"{name} is not in the metrics"
     return float(found[1])
 
