@@ -39,11 +39,14 @@ class _Exchange:
 
     send: Send
     started: bool = False
+    complete: bool = False
     is_stream: bool = False
 
     async def __call__(self, message: dict[str, Any]) -> None:
         self.started = True
         await self.send(message)
+        if message["type"] == "http.response.body" and not message.get("more_body", False):
+            self.complete = True
 
 
 class App:
@@ -142,10 +145,15 @@ class App:
             del body
             if ask.model not in ("", self.name):
                 raise HttpError(404, f"model: this server has {self.name!r}.")
-            await self._while_connected(self._answered(ask, out), receive)
+            await self._while_connected(self._answered(ask, out), receive, out)
 
-    async def _while_connected(self, work: Awaitable[None], receive: Receive) -> None:
-        """Run ``work`` to its end, or cancel it when the client leaves (Disconnected)."""
+    async def _while_connected(
+        self, work: Awaitable[None], receive: Receive, out: _Exchange
+    ) -> None:
+        """Run ``work`` to its end, or cancel it when the client leaves (Disconnected).
+
+        A client that has its whole answer is told apart: it may leave while the turn is tidied up.
+        """
 
         async def left() -> None:
             while (await receive())["type"] != "http.disconnect":
@@ -154,7 +162,7 @@ class App:
         task, gone = asyncio.ensure_future(work), asyncio.ensure_future(left())
         try:
             await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
-            if not task.done():
+            if not task.done() and not out.complete:
                 raise Disconnected
             await task
         finally:
