@@ -69,6 +69,7 @@ HELP = {
     "qvlm-export": "qvlm_export.cli",
     "qvlm-run": "qvlm_runtime.cli",
     "qvlm-bench": "qvlm_runtime.bench.cli",
+    "qvlm-serve": "qvlm_runtime.serve.cli",
 }
 
 

@@ -30,6 +30,9 @@ class Cache(Protocol):
     def advance(self, new: int) -> None:
         """The run wrote ``new`` rows: they are valid now."""
 
+    def rewind(self, length: int) -> None:
+        """Only the first ``length`` rows are valid from now on; the others are written over."""
+
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of a layer's valid keys and values, each F [1, kv_heads, length, head_dim]."""
 
@@ -46,6 +49,12 @@ def make_cache(session: Session, model: ModelSpec, target: TargetSpec, capacity:
     if target.cache == "scatter":
         return ScatterCache(session, model, target, capacity)
     return AppendCache(session, model, target, capacity)
+
+
+def cache_bytes(model: ModelSpec, target: TargetSpec, capacity: int) -> int:
+    """What the buffers of a cache of ``capacity`` rows take, in bytes."""
+    row = 2 * model.layers * model.kv_heads * model.head_dim
+    return capacity * row * np.dtype(target.dtype).itemsize
 
 
 class _Buffers:
@@ -70,6 +79,10 @@ class _Buffers:
 
     def advance(self, new: int) -> None:
         self.length += new
+
+    def rewind(self, length: int) -> None:
+        assert 0 <= length <= self.length, "only rows that were written are valid"
+        self.length = length
 
 
 class ScatterCache(_Buffers):

@@ -11,10 +11,12 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from qvlm_runtime.backend import EXACT, FAST
-from qvlm_runtime.errors import RuntimeFault
-from qvlm_runtime.model import Generation, load
+from qvlm_runtime.errors import PromptError, RuntimeFault
+from qvlm_runtime.model import load
+from qvlm_runtime.stream import Generation
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,8 +34,14 @@ def _parser() -> argparse.ArgumentParser:
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")
     add("--top-p", type=float, default=1.0, metavar="P", help="1 keeps all tokens (default)")
+    add("--min-p", type=float, default=0.0, metavar="P", help="0 keeps all tokens (default)")
+    add("--repetition-penalty", type=float, default=1.0, metavar="R", help="1 is off (default)")
+    add("--presence-penalty", type=float, default=0.0, metavar="R", help="0 is off (default)")
+    add("--json-schema", type=Path, metavar="FILE", help="the answer keeps to it (extra [json])")
     add("--seed", type=int, help="for temperature above 0; default: fresh entropy")
     add("--stop", action="append", default=[], metavar="TEXT", help="may be repeated")
+    add("--timeout", type=float, metavar="S", help="end the answer after that many seconds")
+    add("--prefill-chunk", type=int, metavar="N", help="run the prompt N tokens at a time")
     add("--threads", type=int, metavar="N", help="default: the engine's choice")
     add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
     add(
@@ -45,6 +53,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--stream", action="store_true", help="print the text while it is made")
     add("--json", action="store_true", help="one JSON object as the last line")
     return parser
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"{path}: not readable ({error})") from error
 
 
 def _answer(args: argparse.Namespace) -> Generation:
@@ -64,8 +79,14 @@ def _answer(args: argparse.Namespace) -> Generation:
             temperature=args.temperature,
             top_k=args.top_k,
             top_p=args.top_p,
+            min_p=args.min_p,
+            repetition_penalty=args.repetition_penalty,
+            presence_penalty=args.presence_penalty,
+            json_schema=None if args.json_schema is None else _text(args.json_schema),
             seed=args.seed,
             stop=args.stop,
+            timeout=args.timeout,
+            prefill_chunk=args.prefill_chunk,
         )
         for piece in stream:
             if args.stream:

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvlm_runtime.backend import Array, Session, as_host, missing_tensors
-from qvlm_runtime.cache import cache_tensors, make_cache
+from qvlm_runtime.cache import cache_bytes, cache_tensors, make_cache
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
 
@@ -51,6 +51,10 @@ class Decoder:
         scatter = self.target.cache == "scatter"
         return self.session.inputs["past_key_0"].shape[2] if scatter else None
 
+    def cache_bytes(self, capacity: int) -> int:
+        """Bytes that the cache of a sequence with room for ``capacity`` rows takes."""
+        return cache_bytes(self.model, self.target, self._fixed_rows or capacity)
+
     def start(self, capacity: int, features: Array | None = None) -> DecoderState:
         """Begin a sequence with room for ``capacity`` rows.
 
@@ -70,16 +74,29 @@ class DecoderState:
 
     def __init__(self, decoder: Decoder, capacity: int, features: Array | None) -> None:
         model, dtype = decoder.model, decoder.target.dtype
+        self._no_features = np.zeros((1, model.hidden_size), dtype)
         self._cache = make_cache(decoder.session, model, decoder.target, capacity)
         self._binding = decoder.session.binding()
-        if features is None:
-            features = np.zeros((1, model.hidden_size), dtype)
-        self._binding.host("image_features", as_host(features, dtype))
+        self.set_features(features)
         self._logits = np.empty((1, 1, model.vocab_size), dtype)
         self._binding.fetch("logits", self._logits)
         # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
         self._one = {name: np.full((1, 1), -1, np.int64) for name in _TOKENS}
         self._bound_one = False
+
+    def set_features(self, features: Array | None) -> None:
+        """Replace the rows that image_index counts in later steps: F [M, hidden], None for none."""
+        rows = self._no_features if features is None else as_host(features, self._no_features.dtype)
+        self._binding.host("image_features", rows)
+
+    @property
+    def capacity(self) -> int:
+        """Rows there is room for."""
+        return self._cache.capacity
+
+    def rewind(self, length: int) -> None:
+        """Forget all but the first ``length`` tokens."""
+        self._cache.rewind(length)
 
     @property
     def length(self) -> int:

@@ -11,14 +11,19 @@ from dataclasses import dataclass, field
 
 from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError
-from qvlm_runtime.sample import Logits
+from qvlm_runtime.penalties import Logits
 
 DEFAULT_NEW_TOKENS = 256
 
 
 @dataclass
 class Timings:
-    """Seconds and counts of one generation. Decode is every step after the prefill."""
+    """Seconds and counts of one generation. Decode is every step after the prefill.
+
+    cached_images are those of ``images`` whose features were known; cached_tokens those of
+    ``prompt_tokens`` whose cache rows were kept from the turn before, so that only the others were
+    run.
+    """
 
     preprocess_s: float = 0.0
     vision_s: float = 0.0
@@ -27,11 +32,18 @@ class Timings:
     images: int = 0
     prompt_tokens: int = 0
     decode_steps: int = 0
+    cached_images: int = 0
+    cached_tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float:
         """Decode speed; 0.0 when there was no decode step."""
         return self.decode_steps / self.decode_s if self.decode_s > 0 else 0.0
+
+
+def never() -> bool:
+    """The ``halt`` of a generation that nobody can interrupt."""
+    return False
 
 
 def tokens(
@@ -42,18 +54,26 @@ def tokens(
     stop_ids: Collection[int],
     max_new_tokens: int,
     timings: Timings,
+    prefill_chunk: int | None = None,
+    halt: Callable[[], bool] = never,
 ) -> Iterator[int]:
     """New token ids, ending with the first that is in ``stop_ids`` or after ``max_new_tokens``.
 
-    ``timings`` is filled while the loop runs; the time its consumer takes is not counted.
+    prefill_chunk: the prompt is run in pieces of that many tokens; None runs it at once. halt is
+    asked before every piece and every step, and ends the iterator. ``timings`` is filled while the
+    loop runs; the time its consumer takes is not counted.
     """
     start = time.perf_counter()
-    logits = state.step(prompt_ids, image_index)
+    chunk = prefill_chunk or len(prompt_ids)
+    for at in range(0, len(prompt_ids), chunk):
+        if halt():
+            return
+        logits = state.step(prompt_ids[at : at + chunk], image_index[at : at + chunk])
     token = choose(logits)
     timings.prefill_s = time.perf_counter() - start
     yield token
     for _ in range(max_new_tokens - 1):
-        if token in stop_ids:
+        if token in stop_ids or halt():
             return
         start = time.perf_counter()
         token = choose(state.step((token,)))
@@ -67,8 +87,6 @@ def new_token_limit(prompt_tokens: int, max_new_tokens: int | None, max_rows: in
 
     PromptError if the prompt alone, or the prompt and ``max_new_tokens``, exceed ``max_rows``.
     """
-    if max_new_tokens is not None and max_new_tokens < 1:
-        raise PromptError(f"max_new_tokens: got {max_new_tokens}, expected at least 1.")
     room = max_rows - prompt_tokens
     if room < 1:
         raise PromptError(
@@ -95,10 +113,6 @@ class StopText:
     stops: Sequence[str]
     stopped: bool = field(default=False, init=False)
     _held: str = field(default="", init=False)
-
-    def __post_init__(self) -> None:
-        if isinstance(self.stops, str) or not all(self.stops):
-            raise PromptError(f"stop: got {self.stops!r}, expected a list of non-empty strings.")
 
     def push(self, piece: str) -> str:
         """The text that may be given out after one more piece; sets ``stopped``."""

@@ -10,6 +10,7 @@ it); an image object is taken as it is. Network addresses are not opened.
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import struct
@@ -20,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvlm_runtime.errors import ImageError
+from qvlm_runtime.frames import host_array
 from qvlm_runtime.manifest import ImageSpec
 
 if TYPE_CHECKING:
@@ -40,25 +42,30 @@ _DECODER_ERRORS = (
 
 
 def open_image(source: Any, where: str = "image") -> Image.Image:
-    """A Pillow image, decoded, from a path, an H×W or H×W×3 uint8 array, or a Pillow image.
+    """A Pillow image, decoded, from a path, encoded bytes, a uint8 array or a Pillow image.
+
+    An array is [H, W] or [H, W, 3], in host memory, of NumPy or of a library that speaks
+    ``__array_interface__`` or DLPack (frames.py).
 
     ImageError, one line, if there is no such file, it is not an image, it is cut short, or it has
     more pixels than Pillow's decompression-bomb limit.
     """
     from PIL import Image, ImageOps, UnidentifiedImageError
 
-    if isinstance(source, np.ndarray):
-        if source.dtype != np.uint8 or source.ndim not in (2, 3):
+    array = None if isinstance(source, Image.Image) else host_array(source, where)
+    if array is not None:
+        if array.dtype != np.uint8 or array.ndim not in (2, 3):
             raise ImageError(
-                f"{where}: array {source.dtype} {source.shape}, expected uint8 [H, W] or [H, W, 3]"
+                f"{where}: array {array.dtype} {array.shape}, expected uint8 [H, W] or [H, W, 3]"
             )
-        return Image.fromarray(source)
+        return Image.fromarray(array)
     try:
         if isinstance(source, Image.Image):
             source.load()
             return source
-        where = os.fspath(source)
-        with Image.open(where) as image:
+        encoded = isinstance(source, bytes)
+        where = where if encoded else os.fspath(source)
+        with Image.open(io.BytesIO(source) if encoded else where) as image:
             upright = ImageOps.exif_transpose(image)
             return upright.convert("RGB")
     except FileNotFoundError as error:
@@ -76,14 +83,16 @@ def pixel_values(images: Sequence[Any], spec: ImageSpec) -> Pixels:
 
     ImageError if one cannot be read, or if they come out in different sizes.
     """
-    arrays = []
-    for i, source in enumerate(images):
-        where = f"image {i + 1}"
-        arrays.append(_preprocess(open_image(source, where), spec, where))
+    arrays = [preprocess(source, spec, f"image {i + 1}") for i, source in enumerate(images)]
+    check_shapes(arrays)
+    return np.stack(arrays)
+
+
+def check_shapes(arrays: Sequence[Pixels]) -> None:
+    """ImageError if preprocessed images have different sizes."""
     sizes = {array.shape for array in arrays}
     if len(sizes) > 1:
         raise ImageError(f"images come out in different shapes {sorted(sizes)}, expected one.")
-    return np.stack(arrays)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -124,9 +133,11 @@ def centre_crop(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     return canvas[:, max(0, top) : top + size[0], max(0, left) : left + size[1]]
 
 
-def _preprocess(image: Image.Image, spec: ImageSpec, where: str) -> Pixels:
+def preprocess(source: Any, spec: ImageSpec, where: str) -> Pixels:
+    """One image (anything ``open_image`` takes) to float32 [3, H, W]. ImageError."""
     from PIL import Image
 
+    image = open_image(source, where)
     array = np.array(to_rgb(image) if spec.convert_rgb else image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
         raise ImageError(

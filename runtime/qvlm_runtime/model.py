@@ -1,64 +1,47 @@
 """A loaded model folder: prompt and images in, text out. ``load`` opens it, ``Model`` answers.
 
-A Model holds nothing that changes while it answers, so several threads may generate on it at once;
-what belongs to one generation lives in its Stream.
+A Model may answer several questions at once, from several threads; what belongs to one answer lives
+in its Stream, what belongs to a conversation in its Conversation. The image-feature cache and the
+budget of cache memory are shared, and lock themselves.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from types import TracebackType
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from qvlm_runtime import image as image_processing
+from qvlm_runtime.aio import AsyncStream
 from qvlm_runtime.backend import FAST, Array, Session, as_host, missing_tensors, open_session
-from qvlm_runtime.chat import ChatTemplate, Message, chat
+from qvlm_runtime.budget import CacheBudget
+from qvlm_runtime.chat import Chat, ChatTemplate, Message, chat
+from qvlm_runtime.context import Context
+from qvlm_runtime.conversation import Conversation, WhenFull
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import FolderError, PromptError
-from qvlm_runtime.generate import StopText, Timings, new_token_limit, tokens
+from qvlm_runtime.features import FeatureCache, Picture
+from qvlm_runtime.generate import Timings, never, new_token_limit
+from qvlm_runtime.grammar import JsonGrammars
 from qvlm_runtime.manifest import Manifest, read_manifest, verify_files
-from qvlm_runtime.sample import Sampling
-from qvlm_runtime.tokenizer import Detokenizer, Tokenizer
+from qvlm_runtime.options import OptionArguments, Options
+from qvlm_runtime.prompt import Prompt, expand_images
+from qvlm_runtime.stream import Generation, Request, Stream
+from qvlm_runtime.tokenizer import Tokenizer
 
-Finish = Literal["stop", "stop_string", "length"]
-Conversation = str | Sequence[Message]
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+Question = str | Sequence[Message]
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 _GRAPHS = ("vision", "decoder")
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """A prompt ready for the graphs.
-
-    image_index[i] is the row of image_features that token i takes, or -1: rows count up over all
-    images in order. pixels is float32 [N, 3, H, W], or None without images.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    image_index: tuple[int, ...]
-    pixels: NDArray[np.float32] | None
-
-
-@dataclass(frozen=True)
-class Generation:
-    """One finished answer.
-
-    token_ids: every generated id, the end token included. finish: "stop" (an end token),
-    "stop_string", or "length" (max_new_tokens).
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish: Finish
-    timings: Timings
 
 
 @dataclass(eq=False)
@@ -71,77 +54,121 @@ class Model:
     template: ChatTemplate
     vision: Session
     decoder: Decoder
-    _stop_ids: frozenset[int] = field(init=False)
+    feature_cache: FeatureCache = field(default_factory=FeatureCache)
+    budget: CacheBudget = field(default_factory=CacheBudget)
+    stop_ids: frozenset[int] = field(init=False)
+    grammars: JsonGrammars = field(init=False)
+    _feature_salt: str = field(init=False)
 
     def __post_init__(self) -> None:
-        self._stop_ids = frozenset(self.manifest.model.eos_token_ids)
+        spec = self.manifest.model
+        self.stop_ids = frozenset(spec.eos_token_ids)
+        self.grammars = JsonGrammars(self.tokenizer, spec.vocab_size, self.stop_ids)
+        self._feature_salt = _feature_salt(self.manifest, self.target)
 
     def generate(
-        self,
-        prompt: Conversation,
-        images: Sequence[Any] = (),
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
     ) -> Generation:
-        """Answer a prompt.
+        """Answer a question; ``options`` are those of options.py and sample.py.
 
-        prompt: text, or chat messages in Hugging Face's form. images: Pillow images, paths or uint8
-        arrays, in the order of their markers. temperature 0 is greedy. stop strings end the text
-        and are not part of it. max_new_tokens None: 256, or what the cache has room for.
+        question: text, or chat messages in Hugging Face's form. images, in the order of their
+        markers: Pillow images, paths, encoded bytes, or uint8 arrays (NumPy, or of any library that
+        speaks ``__array_interface__`` or DLPack on the CPU).
 
-        PromptError, ImageError or SessionError.
+        PromptError, ImageError, CapacityError or SessionError.
         """
-        stream = self.stream(
-            prompt,
-            images,
-            max_new_tokens=max_new_tokens,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            seed=seed,
-            stop=stop,
-        )
+        stream = self.stream(question, images, **options)
         for _ in stream:
             pass
         return stream.generation
 
     def stream(
-        self,
-        prompt: Conversation,
-        images: Sequence[Any] = (),
-        *,
-        max_new_tokens: int | None = None,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        seed: int | None = None,
-        stop: Sequence[str] = (),
+        self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
     ) -> Stream:
         """As ``generate``, as an iterator over pieces of the text.
 
-        Options, prompt and images are checked here; the graphs run when the iterator is read.
+        Options, prompt and images are checked here and the cache is reserved; the graphs run when
+        the iterator is read.
         """
-        sampling, stops = Sampling(temperature, top_k, top_p, seed), StopText(stop)
-        timings = Timings()
-        start = time.perf_counter()
-        ready = self.prepare(prompt, images)
-        timings.preprocess_s = time.perf_counter() - start
-        timings.images = 0 if ready.pixels is None else len(ready.pixels)
-        timings.prompt_tokens = len(ready.token_ids)
-        limit = new_token_limit(timings.prompt_tokens, max_new_tokens, self.decoder.max_rows)
-        return Stream(self, ready, sampling, stops, limit, timings)
+        request = self.request(question, images, Options(**options), self.decoder.max_rows)
+        rows = len(request.prompt.token_ids) + request.limit
+        return Stream(self, request, Context(self.decoder, rows, self.budget))
 
-    def prepare(self, prompt: Conversation, images: Sequence[Any] = ()) -> Prompt:
-        """Chat template, tokens, image markers and pixels of a prompt.
+    def astream(
+        self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
+    ) -> AsyncStream:
+        """As ``stream``, for ``async for``; all work is done in the event loop's threads."""
+        return AsyncStream(lambda: self.stream(question, images, **options))
+
+    async def agenerate(
+        self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
+    ) -> Generation:
+        """As ``generate``, awaited. Cancelling the task ends the answer within one token."""
+        return await self.astream(question, images, **options).read()
+
+    def conversation(
+        self,
+        system: str | None = None,
+        *,
+        max_rows: int | None = None,
+        when_full: WhenFull = "error",
+    ) -> Conversation:
+        """Begin a conversation whose turns keep the cache rows that they share.
+
+        max_rows: tokens it can hold, prompt and answers; None is all that the graph has.
+        ``cache_bytes(max_rows)`` is what it takes, reserved here: CapacityError if ``cache_limit``
+        has no room. when_full: see conversation.py.
+        """
+        rows = self.decoder.max_rows if max_rows is None else max_rows
+        return Conversation(self, system, rows, when_full)
+
+    def cache_bytes(self, rows: int) -> int:
+        """Bytes of a cache with room for that many tokens."""
+        return self.decoder.cache_bytes(rows)
+
+    def request(
+        self,
+        question: Question,
+        images: Sequence[Any],
+        options: Options,
+        rows: int,
+        dropped_messages: int = 0,
+    ) -> Request:
+        """Check and prepare everything that one answer needs, for a cache of ``rows`` rows."""
+        vocab = self.manifest.model.vocab_size
+        outside = [token for token in options.logit_bias if token >= vocab]
+        if outside:
+            raise PromptError(f"logit_bias: token {outside[0]}, expected ids below {vocab}.")
+        schema = options.json_schema
+        constraint = None if schema is None else self.grammars.constraint(schema)
+        start = time.perf_counter()
+        prompt = self.prepare(question, images)
+        timings = Timings(time.perf_counter() - start, images=len(prompt.pictures))
+        timings.prompt_tokens = len(prompt.token_ids)
+        limit = new_token_limit(timings.prompt_tokens, options.max_new_tokens, rows)
+        chooser = options.chooser(prompt.token_ids, constraint)
+        return Request(prompt, options, chooser, limit, timings, dropped_messages)
+
+    def prepare(self, question: Question, images: Sequence[Any] = ()) -> Prompt:
+        """Chat template, tokens, image markers and pixels of a question.
 
         PromptError if markers and images differ, ImageError if an image cannot be read.
         """
-        spec, talk = self.manifest.model, chat(prompt, images)
+        talk = chat(question, images)
+        text, token_ids, image_index = self._tokens(talk)
+        # The cheap test comes first: a prompt of a thousand images is refused before any is read.
+        new_token_limit(len(token_ids), None, self.decoder.max_rows)
+        pictures = self.pictures(talk.images)
+        per = self.manifest.model.tokens_per_image
+        return Prompt(text, token_ids, image_index, pictures, per)
+
+    def count_tokens(self, question: Question, images: Sequence[Any] = ()) -> int:
+        """Tokens of a question's prompt; no image is read. PromptError as in ``prepare``."""
+        return len(self._tokens(chat(question, images))[1])
+
+    def _tokens(self, talk: Chat) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+        """The prompt's text, its token ids with expanded image markers, and image_index."""
+        spec = self.manifest.model
         text = self.template.render(talk.messages)
         # As transformers does: a template that writes the first token itself gets no second one.
         bos = spec.template_tokens.get("bos_token")
@@ -154,13 +181,42 @@ class Model:
             )
         if not ids:
             raise PromptError("the prompt is empty, expected at least one token.")
-        token_ids, image_index = expand_images(ids, spec.image_token_id, spec.tokens_per_image)
-        # The cheap test comes first: a prompt of a thousand images is refused before any is read.
-        new_token_limit(len(token_ids), None, self.decoder.max_rows)
-        pixels = None
-        if talk.images:
-            pixels = image_processing.pixel_values(talk.images, self.manifest.image)
-        return Prompt(text, token_ids, image_index, pixels)
+        return text, *expand_images(ids, spec.image_token_id, spec.tokens_per_image)
+
+    def pictures(self, images: Sequence[Any]) -> tuple[Picture, ...]:
+        """Preprocess images, each once; a Picture is passed on as it is. ImageError."""
+        pictures = tuple(
+            source
+            if isinstance(source, Picture)
+            else Picture.of(
+                image_processing.preprocess(source, self.manifest.image, f"image {i + 1}"),
+                self._feature_salt,
+            )
+            for i, source in enumerate(images)
+        )
+        image_processing.check_shapes([picture.pixels for picture in pictures])
+        return pictures
+
+    def features(
+        self, pictures: Sequence[Picture], timings: Timings, halt: Callable[[], bool] = never
+    ) -> Array | None:
+        """Features of the pictures in order, F [N * tokens_per_image, hidden]; None without any.
+
+        Those in the cache are taken from it and counted in timings.cached_images. ``halt`` is asked
+        before each run of the graph; when it says so the rest is left out.
+        """
+        pieces = []
+        for picture in pictures:
+            found = self.feature_cache.get(picture.key)
+            if found is None:
+                if halt():
+                    break
+                found = self.image_features(picture.pixels[None])
+                self.feature_cache.put(picture.key, found)
+            else:
+                timings.cached_images += 1
+            pieces.append(found)
+        return np.concatenate(pieces) if pieces else None
 
     def image_features(self, pixels: NDArray[np.float32]) -> Array:
         """Run the vision graph, one image at a time: F [N * tokens_per_image, hidden].
@@ -191,99 +247,6 @@ class Model:
         self.close()
 
 
-class Stream(Iterator[str]):
-    """Pieces of one answer's text; ``generation`` when the last was read."""
-
-    def __init__(
-        self,
-        model: Model,
-        prompt: Prompt,
-        sampling: Sampling,
-        stops: StopText,
-        max_new_tokens: int,
-        timings: Timings,
-    ) -> None:
-        self._generation: Generation | None = None
-        self._pieces = self._run(model, prompt, sampling, stops, max_new_tokens, timings)
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def generation(self) -> Generation:
-        """The finished answer. PromptError while pieces are still to be read."""
-        if self._generation is None:
-            raise PromptError("the stream is not finished. Read all of its pieces first.")
-        return self._generation
-
-    def _run(
-        self,
-        model: Model,
-        prompt: Prompt,
-        sampling: Sampling,
-        stops: StopText,
-        max_new_tokens: int,
-        timings: Timings,
-    ) -> Iterator[str]:
-        features = None
-        if prompt.pixels is not None:
-            start = time.perf_counter()
-            features = model.image_features(prompt.pixels)
-            timings.vision_s = time.perf_counter() - start
-        state = model.decoder.start(len(prompt.token_ids) + max_new_tokens, features)
-        detokenizer, ids, given = Detokenizer(model.tokenizer), list[int](), list[str]()
-        finish: Finish = "length"
-        for token in tokens(
-            state,
-            prompt.token_ids,
-            prompt.image_index,
-            sampling.chooser(),
-            model._stop_ids,
-            max_new_tokens,
-            timings,
-        ):
-            ids.append(token)
-            if token in model._stop_ids:
-                finish = "stop"
-                break
-            piece = stops.push(detokenizer.push(token))
-            if piece:
-                given.append(piece)
-                yield piece
-            if stops.stopped:
-                finish = "stop_string"
-                break
-        if not stops.stopped:
-            last = stops.push(detokenizer.flush()) + stops.flush()
-            if stops.stopped:
-                finish = "stop_string"
-            if last:
-                given.append(last)
-                yield last
-        self._generation = Generation("".join(given), tuple(ids), finish, timings)
-
-
-def expand_images(
-    ids: Sequence[int], image_token_id: int, tokens_per_image: int
-) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Repeat each image marker tokens_per_image times; return (token_ids, image_index).
-
-    image_index counts 0, 1, … over the repeated markers of all images and is -1 elsewhere.
-    """
-    token_ids: list[int] = []
-    image_index: list[int] = []
-    row = 0
-    for token in ids:
-        if token == image_token_id:
-            token_ids += [token] * tokens_per_image
-            image_index += range(row, row + tokens_per_image)
-            row += tokens_per_image
-        else:
-            token_ids.append(token)
-            image_index.append(-1)
-    return tuple(token_ids), tuple(image_index)
-
-
 def load(
     folder: str | os.PathLike[str],
     target: str | None = None,
@@ -292,6 +255,8 @@ def load(
     accuracy_level: int = FAST,
     verify: bool = True,
     prepared: str | os.PathLike[str] | None = None,
+    cache_limit: int | None = None,
+    feature_cache: FeatureCache | None = None,
 ) -> Model:
     """Open a folder written by qvlm-export.
 
@@ -300,6 +265,8 @@ def load(
     sha256 of every file that is opened with the manifest; False saves that read of the folder when
     the application has done it before. prepared: a folder where the engine keeps its own form of
     the graphs, so that the next load is faster and takes less memory, see prepared.py.
+    cache_limit: bytes that the key/value caches of all answers and conversations may take at once;
+    None refuses none. feature_cache: None makes one of 128 MiB.
 
     FolderError or SessionError.
     """
@@ -321,7 +288,9 @@ def load(
     missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
     session = open_session(paths["decoder"], **options)
     decoder = Decoder(session, manifest.model, spec, str(paths["decoder"]))
-    return Model(manifest, name, tokenizer, template, vision, decoder)
+    cache = FeatureCache() if feature_cache is None else feature_cache
+    budget = CacheBudget(cache_limit)
+    return Model(manifest, name, tokenizer, template, vision, decoder, cache, budget)
 
 
 def _choose_target(root: Path, manifest: Manifest, target: str | None) -> str:
@@ -342,3 +311,11 @@ def _opened_files(manifest: Manifest, target: str) -> list[str]:
     folders = {PurePosixPath(path).parent for path in graphs}
     beside = [path for path in manifest.files if PurePosixPath(path).parent in folders]
     return list(dict.fromkeys([*_TEXT_FILES, *graphs, *beside]))
+
+
+def _feature_salt(manifest: Manifest, target: str) -> str:
+    """What image features depend on besides the pixels: the processor, the graph, its dtype."""
+    spec = manifest.targets[target]
+    graph = spec.graphs["vision"]
+    digests = [f.sha256 for path, f in sorted(manifest.files.items()) if path.startswith(graph)]
+    return f"{manifest.image!r} {spec.dtype} {digests}"

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from qvlm_runtime.errors import FolderError, SessionError
+from qvlm_runtime.errors import FolderError, PromptError, SessionError
 
 _REPLACEMENT = "\ufffd"
 
@@ -35,13 +35,24 @@ class Tokenizer:
         self._fast.no_padding()
 
     def encode(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Token ids of a text; ``add_special_tokens`` applies the tokenizer's post-processor."""
-        ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        """Token ids of a text; ``add_special_tokens`` applies the tokenizer's post-processor.
+
+        PromptError if the text holds half of a surrogate pair.
+        """
+        try:
+            ids: list[int] = self._fast.encode(text, add_special_tokens=add_special_tokens).ids
+        except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate is no text
+            raise PromptError(f"the prompt is not valid Unicode ({error}).") from error
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of token ids without special tokens."""
         text: str = self._fast.decode(list(ids), skip_special_tokens=True)
+        return text
+
+    def to_json(self) -> str:
+        """The tokenizer as tokenizer.json text."""
+        text: str = self._fast.to_str()
         return text
 
     def token(self, token_id: int) -> str | None:

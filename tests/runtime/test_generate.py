@@ -29,7 +29,7 @@ from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import SessionError
 from qvlm_runtime.generate import StopText, Timings, new_token_limit, tokens
 from qvlm_runtime.manifest import Manifest
-from qvlm_runtime.model import expand_images
+from qvlm_runtime.prompt import expand_images
 from qvlm_runtime.sample import Sampling
 from qvlm_runtime.tokenizer import Tokenizer
 

@@ -71,6 +71,9 @@ def test_sampling_options_reach_the_sampler(
     assert run(*hot, "--seed", "1") == run(*hot, "--seed", "1") != greedy
     assert run(*hot, "--seed", "2") != run(*hot, "--seed", "1")
     assert run(*hot, "--top-k", "1") == greedy == run(*hot, "--top-p", "1e-9")
+    assert run(*hot, "--seed", "1", "--min-p", "1") == greedy
+    assert run("--prefill-chunk", "2") == greedy
+    assert run("--repetition-penalty", "9") != greedy != run("--presence-penalty", "9")
     assert run("--stop", expected(folder)[:1]) == greedy[: len(expected(folder)[:1].encode())]
 
 
@@ -86,6 +89,11 @@ def test_sampling_options_reach_the_sampler(
         (["OUT", "--temperature", "-1", "What?"], "temperature: got -1.0"),
         (["OUT", "--stop", "", "What?"], "non-empty"),
         (["OUT", "see <image>"], "1 image markers"),
+        (["OUT", "--min-p", "2", "What?"], "min_p: got 2.0"),
+        (["OUT", "--timeout", "0", "What?"], "timeout: got 0.0"),
+        (["OUT", "--prefill-chunk", "0", "What?"], "prefill_chunk: got 0"),
+        (["OUT", "--json-schema", "absent.json", "What?"], "absent.json: not readable"),
+        (["OUT", "--json-schema", "OUT/one.png", "What?"], "one.png: not readable"),
     ],
 )
 def test_a_user_s_mistake_is_one_line_and_exit_1(
@@ -103,6 +111,21 @@ def test_usage_is_exit_2(argv: list[str], capsys: pytest.CaptureFixture[str]) ->
         cli.main(argv)
     assert caught.value.code == 2
     assert "usage: qvlm-run" in capsys.readouterr().err
+
+
+def test_a_schema_file_makes_the_answer_valid(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("llguidance", reason="the extra [json] is not installed")
+    schema = tmp_path / "schema.json"
+    schema.write_text('{"type": "array", "items": {"type": "boolean"}, "maxItems": 2}')
+    argv = [str(folder), "--json-schema", str(schema), "--max-new-tokens", "30", "What?"]
+    assert cli.main(argv) == 0
+    value = json.loads(capsys.readouterr().out)
+    assert isinstance(value, list) and len(value) <= 2
+    schema.write_text("{")
+    assert cli.main(argv) == 1
+    assert "json_schema: not a JSON schema" in capsys.readouterr().err
 
 
 def test_an_interrupt_is_one_line(

@@ -1,5 +1,6 @@
-"""Proves the sampling rules: limits are greedy exactly, kept sets equal a textbook loop, draws
-follow the distribution: python -m pytest tests/runtime/test_sample.py
+"""Proves the sampling rules: limits are greedy exactly, kept sets and penalties equal textbook loops,
+draws follow the distribution, log-probabilities are the model's: python -m pytest
+tests/runtime/test_sample.py
 """
 
 import math
@@ -17,29 +18,38 @@ from qvlm_runtime.sample import Sampling, candidates, draw
 TIED = arrays(np.float32, st.integers(1, 30), elements=st.sampled_from([-3.0, 0.0, 0.5, 2.0]))
 
 
-def textbook(logits: np.ndarray, temperature: float, top_k: int, top_p: float) -> list[int]:
+def textbook(
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float = 0.0
+) -> list[int]:
+    share = [math.exp((float(value) - float(logits.max())) / temperature) for value in logits]
     if top_p == 1 and (not top_k or top_k >= len(logits)):
-        return list(range(len(logits)))
+        return [i for i in range(len(logits)) if share[i] >= min_p]
     order = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
     if top_k:
         order = order[:top_k]
     weights = [math.exp((float(logits[i]) - float(logits.max())) / temperature) for i in order]
-    kept, mass = [], 0.0
+    kept, mass, total = [], 0.0, sum(weights)
     for token, weight in zip(order, weights, strict=True):
         kept.append(token)
         mass += weight
-        if top_p < 1 and mass >= top_p * sum(weights):
+        if top_p < 1 and mass >= top_p * total:
             break
-    return kept
+    return [i for i in kept if share[i] >= min_p]
 
 
-@given(TIED, st.sampled_from([0.3, 1.0, 4.0]), st.integers(0, 33), st.sampled_from([0.3, 0.77, 1]))
-@settings(max_examples=300, deadline=None)
+@given(
+    TIED,
+    st.sampled_from([0.3, 1.0, 4.0]),
+    st.integers(0, 33),
+    st.sampled_from([0.3, 0.77, 1]),
+    st.sampled_from([0.0, 0.05, 0.4, 1.0]),
+)
+@settings(max_examples=400, deadline=None)
 def test_kept_tokens_equal_a_textbook_loop(
-    logits: np.ndarray, temperature: float, top_k: int, top_p: float
+    logits: np.ndarray, temperature: float, top_k: int, top_p: float, min_p: float
 ) -> None:
-    ids, weights = candidates(logits, temperature, top_k, top_p)
-    assert ids.tolist() == textbook(logits, temperature, top_k, top_p)
+    ids, weights = candidates(logits, temperature, top_k, top_p, min_p)
+    assert ids.tolist() == textbook(logits, temperature, top_k, top_p, min_p)
     expected = np.exp((logits[ids].astype(np.float64) - logits.max()) / temperature)
     np.testing.assert_array_equal(weights, expected)
 
@@ -123,8 +133,103 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
         {"top_p": 1.1},
         {"top_p": math.nan},
         {"seed": -1},
+        {"min_p": 1.1},
+        {"min_p": -0.1},
+        {"repetition_penalty": 0.0},
+        {"repetition_penalty": math.inf},
+        {"presence_penalty": math.nan},
+        {"frequency_penalty": math.inf},
+        {"logit_bias": {-1: 1.0}},
+        {"logit_bias": {3: math.nan}},
+        {"logit_bias": {3: 1e9}},
+        {"logprobs": -1},
     ],
 )
 def test_options_out_of_range_name_themselves(option: dict) -> None:
     with pytest.raises(PromptError, match=next(iter(option))):
         Sampling(**option)
+
+
+# --- penalties, bias, log-probabilities ----------------------------------------------------------
+
+ANSWERS = st.lists(st.integers(0, 11), max_size=6)
+TWELVE = arrays(np.float32, 12, elements=st.sampled_from([-3.0, -0.5, 0.0, 0.25, 2.0]))
+
+
+@given(TWELVE, ANSWERS, ANSWERS, st.sampled_from([0.5, 1.0, 1.5]), st.sampled_from([0.0, 0.75]),
+       st.sampled_from([0.0, -0.5]), st.dictionaries(st.integers(0, 11), st.sampled_from([-9.0, 1.5])))  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_a_greedy_choice_under_penalties_equals_a_textbook_loop(
+    logits: np.ndarray, prompt: list[int], answer: list[int], repetition: float, presence: float,
+    frequency: float, bias: dict[int, float],
+) -> None:  # fmt: skip
+    """The prompt counts for repetition only; all numbers are exact in float32."""
+    forced = np.full(12, -100.0, np.float32)
+    choose = Sampling(
+        repetition_penalty=repetition,
+        presence_penalty=presence,
+        frequency_penalty=frequency,
+        logit_bias=bias,
+    ).chooser(prompt)
+    for token in answer:  # a peak that no penalty can reach makes the chooser say this answer
+        peak = forced.copy()
+        peak[token] = 1e5
+        assert choose(peak) == token
+    expected = []
+    for token in range(12):
+        value = float(logits[token])
+        if token in prompt or token in answer:
+            value = value / repetition if value > 0 else value * repetition
+        if token in answer:
+            value -= presence + frequency * answer.count(token)
+        expected.append(np.float32(value + bias.get(token, 0.0)))
+    before = logits.copy()
+    chosen = choose(logits)
+    np.testing.assert_array_equal(logits, before)
+    # float32 rounds 2 / 1.5 before the comparison; equal largest values may fall to either token.
+    assert expected[chosen] >= max(expected) - 4 * 2.0**-24 * 10
+
+
+def test_neutral_penalties_and_bias_change_nothing() -> None:
+    logits = np.random.default_rng(2).normal(size=40).astype(np.float32)
+    plain = Sampling(temperature=1.0, seed=3).chooser([1, 2])
+    neutral = Sampling(temperature=1.0, seed=3, logit_bias={5: 0.0}, repetition_penalty=1.0)
+    choose = neutral.chooser([1, 2])
+    assert [plain(logits) for _ in range(20)] == [choose(logits) for _ in range(20)]
+
+
+def test_a_bias_forbids_and_forces() -> None:
+    logits = np.zeros(50, np.float32)
+    logits[7] = 3
+    assert Sampling(logit_bias={7: -100.0}).chooser()(logits) == 0
+    hot = Sampling(temperature=2.0, seed=0, logit_bias={9: 1e3}).chooser()
+    assert {hot(logits) for _ in range(30)} == {9}
+
+
+def test_repetition_penalty_ends_a_loop_that_greedy_decoding_repeats() -> None:
+    logits = np.array([1.0, 0.9, 0.8, -1.0], np.float32)
+    greedy, penal = Sampling().chooser(), Sampling(repetition_penalty=1.5).chooser()
+    assert [greedy(logits) for _ in range(3)] == [0, 0, 0]
+    assert [penal(logits) for _ in range(3)] == [0, 1, 2]
+
+
+def test_log_probabilities_are_the_model_s_own() -> None:
+    probabilities = np.array([0.5, 0.25, 0.125, 0.125])
+    logits = (np.log(probabilities) + 3).astype(np.float32)
+    choose = Sampling(
+        temperature=7.0, seed=1, logprobs=3, logit_bias={0: -50.0}, presence_penalty=1.0
+    ).chooser()
+    tokens = [choose(logits) for _ in range(5)]
+    # A float32 logit near 3 is off by up to 2^-23; the log-sum-exp adds as much.
+    for token, score in zip(tokens, choose.scores, strict=True):
+        assert score.token_id == token != 0
+        assert abs(score.logprob - math.log(probabilities[token])) <= 2**-22
+        assert [i for i, _ in score.top] == [0, 1, 2], "ties towards the lower id"
+        for i, value in score.top:
+            assert abs(value - math.log(probabilities[i])) <= 2**-22
+    silent = Sampling().chooser()
+    silent(logits)
+    assert silent.scores == []
+    bare = Sampling(logprobs=0).chooser()
+    bare(logits)
+    assert bare.scores[0].top == ()

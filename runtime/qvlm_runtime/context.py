@@ -1,0 +1,59 @@
+"""A decoder state together with what its rows hold, so that a later prompt can keep the rows it shares.
+
+A row's key is the token id, or for an image token the key of the picture and the row of its
+features. Rows are kept up to the first key that differs: attention is causal, so a row depends on
+nothing behind it. Both cache forms forget rows by a smaller length alone; nothing is copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qvlm_runtime.budget import CacheBudget
+from qvlm_runtime.decoder import Decoder, DecoderState
+from qvlm_runtime.errors import SessionError
+
+RowKey = int | tuple[str, int]
+
+
+class Context:
+    """One cache with room for ``capacity`` rows, its memory reserved from a budget."""
+
+    def __init__(self, decoder: Decoder, capacity: int, budget: CacheBudget) -> None:
+        """CapacityError if the budget has no room; PromptError if the graph has not so many rows."""
+        self._lease = budget.reserve(decoder.cache_bytes(capacity))
+        try:
+            self._state: DecoderState | None = decoder.start(capacity)
+        except BaseException:
+            self._lease.release()  # a traceback that is kept somewhere must not keep the bytes
+            raise
+        self._held: list[RowKey] = []
+
+    @property
+    def state(self) -> DecoderState:
+        """The decoder state. SessionError after ``close``."""
+        if self._state is None:
+            raise SessionError("the conversation is closed. Begin another one.")
+        return self._state
+
+    def reuse(self, keys: Sequence[RowKey]) -> int:
+        """Forget the rows that differ from ``keys``; return how many are left.
+
+        At least the last key is not among them: it must be run for its logits.
+        """
+        limit = min(len(self._held), len(keys) - 1)
+        same = next((i for i in range(limit) if self._held[i] != keys[i]), limit)
+        self.state.rewind(same)
+        del self._held[same:]
+        return same
+
+    def record(self, keys: Sequence[RowKey]) -> None:
+        """Say what was run since ``reuse``: the whole sequence; rows that were not run are cut."""
+        if self._state is not None:
+            self._held = list(keys[: self._state.length])
+
+    def close(self) -> None:
+        """Free the cache and give its memory back to the budget."""
+        self._state = None
+        self._held = []
+        self._lease.release()

@@ -1,0 +1,86 @@
+"""Image features that were computed before: a second question about an image skips the vision graph.
+
+The key is a sha256 over the preprocessed pixels, the image-processor settings and the digest of the
+vision graph. Equal keys therefore mean equal input to an equal graph, whatever file or array the
+image came from. Bounded in bytes; the entry that was not used for the longest time goes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from qvlm_runtime.backend import Array
+
+DEFAULT_BYTES = 128 << 20  # 14 images of LLaVA-1.5 in float32 (576 rows of 4,096)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A preprocessed image: pixels float32 [3, H, W] and the key of its features."""
+
+    pixels: NDArray[np.float32]
+    key: str
+
+    @staticmethod
+    def of(pixels: NDArray[np.float32], salt: str) -> Picture:
+        """``salt`` names the settings and the graph."""
+        sha = hashlib.sha256(salt.encode())
+        sha.update(str(pixels.shape).encode())
+        sha.update(np.ascontiguousarray(pixels).data)
+        return Picture(pixels, sha.hexdigest())
+
+
+class FeatureCache:
+    """Features by key, least recently used first out. Safe to use from several threads.
+
+    Two threads that miss the same key at once both compute it; either result is the same. May be
+    shared by several models.
+    """
+
+    def __init__(self, max_bytes: int = DEFAULT_BYTES) -> None:
+        """max_bytes 0 keeps nothing."""
+        self.max_bytes = max_bytes
+        self.hits = 0
+        self.misses = 0
+        self.bytes = 0
+        self._entries: OrderedDict[str, Array] = OrderedDict()
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def get(self, key: str) -> Array | None:
+        """The features, read-only, or None."""
+        with self._lock:
+            found = self._entries.get(key)
+            if found is None:
+                self.misses += 1
+                return None
+            self.hits += 1
+            self._entries.move_to_end(key)
+            return found
+
+    def put(self, key: str, features: Array) -> None:
+        """Keep features; they must not be written to afterwards. Too large ones are not kept."""
+        if features.nbytes > self.max_bytes:
+            return
+        features.flags.writeable = False
+        with self._lock:
+            replaced = self._entries.pop(key, None)
+            self.bytes += features.nbytes - (0 if replaced is None else replaced.nbytes)
+            self._entries[key] = features
+            while self.bytes > self.max_bytes:
+                _, dropped = self._entries.popitem(last=False)
+                self.bytes -= dropped.nbytes
+
+    def clear(self) -> None:
+        """Drop everything."""
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
