@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qvlm import fakequant
 from qvlm.capture import Stream, capture_inputs, capture_stream
-from qvlm.methods import Block, Context, Method, State
+from qvlm.methods import METHODS, Block, Context, Method, State
 
 
 @dataclass
@@ -79,6 +79,16 @@ class Job:
             floats = propagate(block, floats)
             fakequant.apply(self.model, linears)
             quants = propagate(block, quants)
+
+
+def quantized(context: Context) -> nn.Module:
+    """A copy of the context's float model, every component quantized by the recipe's method."""
+    method = METHODS[context.recipe.method]
+    state = method.prepare(context)
+    job = Job.begin(context)
+    for component in context.formats:
+        job.run_component(component, method, state)
+    return job.model
 
 
 @torch.no_grad()
