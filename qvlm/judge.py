@@ -86,7 +86,8 @@ class Judge:
         measured = {
             "kl": kl / tokens,
             "exact_match": sum(right) / self.questions,
-            "perplexity": math.exp(loss / tokens),
+            # e^700 stands for anything worse: JSON has no infinity.
+            "perplexity": math.exp(min(loss / tokens, 700.0)),
         }
         return measured, right
 
