@@ -151,9 +151,9 @@ def _rtn_row(
     started = time.perf_counter()
     recipe = replace(recipe, method="rtn", options={})
     formats = resolve(case.model, case.adapter, recipe)
-    model = quantized(Context(case.model, case.adapter, samples, recipe, formats))
+    job = quantized(Context(case.model, case.adapter, samples, recipe, formats))
     seconds = time.perf_counter() - started
-    results.add({**key, "seconds": seconds, **case.judge.measure(model)})
+    results.add({**key, "seconds": seconds, **case.judge.measure(job.model)})
     case.progress(f"{name} draw {draw}: rtn kl {results.rows[-1]['kl']:.5f}")
 
 

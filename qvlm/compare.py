@@ -10,8 +10,9 @@ seconds, peak_mb}: errors are one value per decoder layer; bits count all compon
 at 16; seconds and peak_mb are those of quantizing alone (``memory``; None where the system does not tell). The float
 model is the first row. Everything happens in memory, no checkpoint is written.
 
-Each finished row goes to the results file under a digest of all that decides it: the weights' files, recipe with every
-option, calibration samples, questions, and this package's source. Another call finds it there, whatever else it asks.
+Each finished row goes to the results file under a digest of all that decides it: the weights' files, recipe,
+calibration samples, questions, and this package's source (which holds the defaults of options). Another call finds it
+there, whatever else it asks.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from qvlm.errors import RecipeError
 from qvlm.job import quantized
 from qvlm.judge import Judge
 from qvlm.memory import peak_memory
-from qvlm.methods import METHODS, Context
+from qvlm.methods import Context
 from qvlm.plan import check_method, plan, resolve
 from qvlm.recipe import FORMATS, RECIPES, Recipe, component_recipe, load_recipe
 from qvlm.results import Results
@@ -195,7 +196,7 @@ def _float_row(case: Case, results: Results, base: str) -> Json:
     found = results.find(key)
     if found is None:
         cost = {"bits_per_weight": 16.0, "seconds": 0.0, "peak_mb": 0.0}
-        found = {**key, **_measure(case, case.model), **cost}
+        found = {**key, **_measure(case, case.model, case.model), **cost}
         results.add(found)
     return found
 
@@ -204,8 +205,7 @@ def _row(
     case: Case, results: Results, base: str, names: tuple[str, str], recipe: Recipe, draw: int
 ) -> Json:
     samples = case.draws[draw]
-    options = {**METHODS[recipe.method].options, **recipe.options}
-    full = replace(recipe, options=options, samples=len(samples)).to_json()
+    full = replace(recipe, samples=len(samples)).to_json()
     key = {
         "method": names[1],
         "format": names[0],
@@ -220,11 +220,11 @@ def _row(
     context = Context(case.model, case.source.adapter, samples, recipe, formats)
     with peak_memory() as peak:
         started = time.perf_counter()
-        model = quantized(context)
+        job = quantized(context)
         seconds = time.perf_counter() - started
     row = {
         **key,
-        **_measure(case, model),
+        **_measure(case, job.context.model, job.model),
         "bits_per_weight": plan(case.source, recipe).bits_per_weight,
         "seconds": seconds,
         "peak_mb": peak.megabytes,
@@ -234,7 +234,7 @@ def _row(
     return row
 
 
-def _measure(case: Case, model: nn.Module) -> Json:
+def _measure(case: Case, reference: nn.Module, model: nn.Module) -> Json:
     measured, right = case.judge.measure_each(model)
     if case.score is not None:
         right = case.score(model)
@@ -245,7 +245,7 @@ def _measure(case: Case, model: nn.Module) -> Json:
         **measured,
         "exact_match": sum(right) / len(right),
         "per_task": {task: sum(hits) / len(hits) for task, hits in sorted(tasks.items())},
-        **case.judge.block_errors(model, case.source.adapter),
+        **case.judge.block_errors(reference, model, case.source.adapter),
     }
 
 

@@ -81,14 +81,16 @@ class Job:
             quants = propagate(block, quants)
 
 
-def quantized(context: Context) -> nn.Module:
-    """A copy of the context's float model, every component quantized by the recipe's method."""
+def quantized(context: Context) -> Job:
+    """A finished job: ``model`` has every component quantized by the recipe's method, ``context.model`` is the float
+    model it was made from.
+    """
     method = METHODS[context.recipe.method]
-    state = method.prepare(context)
     job = Job.begin(context)
+    state = method.prepare(job.context)
     for component in context.formats:
         job.run_component(component, method, state)
-    return job.model
+    return job
 
 
 @torch.no_grad()

@@ -46,10 +46,7 @@ class Batch:
 
 
 class Judge:
-    """A float model's answers on a set of questions, and how far another model is from them.
-
-    The float model is kept, not copied: it must stay as it is.
-    """
+    """A float model's answers on a set of questions, and how far another model is from them."""
 
     def __init__(self, model: nn.Module, samples: Sequence[Sample]) -> None:
         groups: dict[Any, list[int]] = defaultdict(list)
@@ -57,7 +54,6 @@ class Judge:
             pixels = None if sample.pixel_values is None else tuple(sample.pixel_values.shape)
             groups[(sample.input_ids.shape[1], pixels)].append(number)
         stop = stop_tokens(model)
-        self.model = model
         self.batches: list[Batch] = []
         for group in groups.values():
             for start in range(0, len(group), BATCH):
@@ -92,20 +88,25 @@ class Judge:
         return measured, right
 
     @torch.no_grad()
-    def block_errors(self, model: nn.Module, adapter: Adapter) -> dict[str, list[float]]:
+    def block_errors(
+        self, reference: nn.Module, model: nn.Module, adapter: Adapter
+    ) -> dict[str, list[float]]:
         """image_error and text_error: a value per decoder layer (see above), over all questions;
         everything before the layer is quantized too. No image, no image_error values.
+
+        reference: the float model that ``model`` was made from; not always the judge's, as the
+        same function may have other hidden states (a rotated residual stream).
         """
-        names = adapter.layer_names(self.model, "text")
+        names = adapter.layer_names(reference, "text")
         error = {kind: torch.zeros(len(names), dtype=torch.float64) for kind in ("image", "text")}
         norm = {kind: value.clone() for kind, value in error.items()}
         for batch in self.batches:
-            sides = [_layer_outputs(side, names, batch.inputs) for side in (self.model, model)]
+            sides = [_layer_outputs(side, names, batch.inputs) for side in (reference, model)]
             for kind, mask in (("image", batch.image), ("text", ~batch.image)):
                 for layer, (f, q) in enumerate(zip(*sides, strict=True)):
-                    reference = f[mask].double()
-                    error[kind][layer] += (q[mask].double() - reference).square().sum()
-                    norm[kind][layer] += reference.square().sum()
+                    wanted = f[mask].double()
+                    error[kind][layer] += (q[mask].double() - wanted).square().sum()
+                    norm[kind][layer] += wanted.square().sum()
         return {
             f"{kind}_error": (error[kind] / norm[kind]).tolist() if norm[kind].all() else []
             for kind in error

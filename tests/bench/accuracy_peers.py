@@ -211,8 +211,11 @@ def prepare(work: Path, source_name: str, samples: int, draws: int, questions: i
     return Bench(source.directory, loaded.model, source.adapter, built, files, judge)
 
 
-def measured(bench: Bench, model: nn.Module) -> Json:
-    return {**bench.judge.measure(model), **bench.judge.block_errors(model, bench.adapter)}
+def measured(bench: Bench, reference: nn.Module, model: nn.Module) -> Json:
+    return {
+        **bench.judge.measure(model),
+        **bench.judge.block_errors(reference, model, bench.adapter),
+    }
 
 
 def peer_row(bench: Bench, work: Path, peer: str, preset: str, format_: str, draw: int) -> Json:
@@ -221,7 +224,7 @@ def peer_row(bench: Bench, work: Path, peer: str, preset: str, format_: str, dra
         model = imported(bench.model, bench.adapter, tensors, named_format(format_))
     except (PeerFailed, subprocess.SubprocessError) as error:
         return {"failed": str(error)}
-    return {**measured(bench, model), **report}
+    return {**measured(bench, bench.model, model), **report}
 
 
 def our_row(bench: Bench, method: str, format_: str, draw: int) -> Json:
@@ -232,11 +235,12 @@ def our_row(bench: Bench, method: str, format_: str, draw: int) -> Json:
     try:
         with peak_memory() as peak:
             started = time.perf_counter()
-            model = quantized(context)
+            job = quantized(context)
             seconds = time.perf_counter() - started
     except QvlmError as error:
         return {"failed": str(error)}
-    return {**measured(bench, model), "seconds": seconds, "peak_mb": peak.megabytes}
+    found = measured(bench, job.context.model, job.model)
+    return {**found, "seconds": seconds, "peak_mb": peak.megabytes}
 
 
 def main() -> None:

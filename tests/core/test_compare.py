@@ -20,6 +20,7 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.compare import Case, parse_format, parse_method, recipes, spread, table_rows
 from qvlm.errors import RecipeError
 from qvlm.evaluate import load_quantized, scorer, sizes
+from qvlm.job import Job
 from qvlm.judge import Judge
 from qvlm.quantize import build_samples, quantize
 from qvlm.recipe import RECIPES, Recipe, component_recipe
@@ -123,7 +124,9 @@ def test_rows_and_resume(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert runs == ["gptq"]
     assert [_steady(r) for r in resumed.rows] == [_steady(r) for r in outcome.rows]
     # Fewer draws are found; another option or other samples under the same name are other rows.
-    monkeypatch.setattr(compare, "quantized", lambda c: (runs.append(c.recipe.method), c.model)[1])
+    monkeypatch.setattr(
+        compare, "quantized", lambda c: (runs.append(c.recipe.method), Job(c, c.model, {}))[1]
+    )
     compare.compare(replace(case, draws=case.draws[:1]), wanted)
     assert len(runs) == 1
     compare.compare(case, decoder_only("gptq:damping=0.03"))

@@ -80,9 +80,9 @@ def test_block_errors_equal_their_definition() -> None:
     model = tiny_llava(text_num_hidden_layers=3)
     samples = [answered(model, seed, True) for seed in range(3)]
     judge, other = Judge(model, samples), disturbed(model)
-    same = judge.block_errors(model, ADAPTER)
+    same = judge.block_errors(model, model, ADAPTER)
     assert same == {"image_error": [0.0] * 3, "text_error": [0.0] * 3}
-    found = judge.block_errors(other, ADAPTER)
+    found = judge.block_errors(model, other, ADAPTER)
     names = ADAPTER.layer_names(model, "text")
     for kind in ("image", "text"):
         error, norm = torch.zeros(3).double(), torch.zeros(3).double()
@@ -102,7 +102,7 @@ def test_without_images_there_is_no_image_error() -> None:
     whole = torch.tensor([[1, 20, 21, 22, END]])
     nothing = torch.zeros(5, dtype=torch.bool)
     sample = Sample(whole, None, nothing, torch.arange(5) >= 3)
-    found = Judge(model, [sample]).block_errors(disturbed(model), ADAPTER)
+    found = Judge(model, [sample]).block_errors(model, disturbed(model), ADAPTER)
     assert found["image_error"] == [] and all(e > 0 for e in found["text_error"])
 
 

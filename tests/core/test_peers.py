@@ -34,7 +34,7 @@ def decoder_of(format_: str) -> tuple[nn.Module, nn.Module, dict[str, object]]:
     sample = Sample(whole, pixels, nothing, nothing)
     recipe = replace(component_recipe(format_, "float", "float"), method="rtn")
     context = Context(model, ADAPTER, [sample], recipe, resolve(model, ADAPTER, recipe))
-    return model, quantized(context), sample.model_inputs()
+    return model, quantized(context).model, sample.model_inputs()
 
 
 def weights(quantized_model: nn.Module) -> dict[str, Tensor]:
