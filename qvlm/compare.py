@@ -94,17 +94,20 @@ def parse_format(name: str) -> Recipe:
     return load_recipe(name)
 
 
+def with_method(base: Recipe, text: str) -> Recipe:
+    """``base`` with the method and options that ``text`` names; RecipeError for an unknown method or option."""
+    method, options = parse_method(text)
+    recipe = replace(base, method=method, options=options)
+    check_method(recipe)
+    return recipe
+
+
 def recipes(formats: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Recipe]]:
-    """format -> method -> recipe, in the order given; RecipeError for an unknown method, option or format."""
-    found: dict[str, dict[str, Recipe]] = {}
-    for name in formats:
-        base = parse_format(name)
-        found[name] = {}
-        for text in methods:
-            method, options = parse_method(text)
-            found[name][text] = replace(base, method=method, options=options)
-            check_method(found[name][text])
-    return found
+    """format -> method -> recipe, in the order given; RecipeError as ``parse_format`` and ``with_method``."""
+    bases = {name: parse_format(name) for name in formats}
+    return {
+        name: {text: with_method(base, text) for text in methods} for name, base in bases.items()
+    }
 
 
 # -- the rows

@@ -36,7 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.capture import Sample
-from qvlm.compare import parse_method, spread
+from qvlm.compare import spread, with_method
 from qvlm.data import calibration, evaluation, refuse_overlap
 from qvlm.errors import QvlmError
 from qvlm.fakequant import FakeQuantLinear
@@ -228,8 +228,7 @@ def peer_row(bench: Bench, work: Path, peer: str, preset: str, format_: str, dra
 
 
 def our_row(bench: Bench, method: str, format_: str, draw: int) -> Json:
-    name, options = parse_method(method)
-    recipe = component_recipe(format_, "float", "float", method=name, options=options)
+    recipe = with_method(component_recipe(format_, "float", "float"), method)
     formats = resolve(bench.model, bench.adapter, recipe)
     context = Context(bench.model, bench.adapter, bench.draws[draw], recipe, formats)
     try:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.capture import Sample
-from qvlm.compare import parse_method
+from qvlm.compare import with_method
 from qvlm.data import calibration
 from qvlm.job import quantized
 from qvlm.memory import peak_memory
@@ -80,9 +80,8 @@ def random_sample(config: Any) -> Sample:
 
 def cost(model: nn.Module, samples: list[Sample], method: str, format_: str) -> Json:
     """One run on the decoder."""
-    name, options = parse_method(method)
     adapter = ADAPTERS["llava"]
-    recipe = component_recipe(format_, "float", "float", method=name, options=options)
+    recipe = with_method(component_recipe(format_, "float", "float"), method)
     context = Context(model, adapter, samples, recipe, resolve(model, adapter, recipe))
     with peak_memory() as peak:
         started = time.perf_counter()
