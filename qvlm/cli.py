@@ -1,4 +1,4 @@
-"""The command line: qvlm quantize | evaluate | show. Parses, prints, turns errors into one line; nothing else.
+"""The command line: qvlm quantize, evaluate, compare ... (COMMANDS). Parses, prints, turns errors into one line.
 
 Exit codes: 0 done, 1 failed (one line on stderr), 2 wrong usage. ``--json`` prints one JSON object as the last line
 of stdout. Progress goes to stderr. torch is imported when a command runs, so that ``--help`` is quick.
@@ -21,7 +21,9 @@ from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
 
 if TYPE_CHECKING:
-    from qvlm.source import Loaded
+    from qvlm.capture import Sample
+    from qvlm.data import Question
+    from qvlm.source import Loaded, Source
 
 Json = dict[str, Any]
 
@@ -226,17 +228,33 @@ def _size_table(sizes: Sequence[Json]) -> str:
     return table(rows, ("component", "weights", "bytes", "bits/weight"))
 
 
-# -- ablate
+# -- compare
 
 
-def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+def _compare_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="model directory, hub id or 'demo'")
     parser.add_argument(
-        "--formats", nargs="+", default=["w4a16", "w8a8", "w4a4", "w6a6"], help="recipe names"
+        "--formats",
+        nargs="+",
+        default=["w4a16"],
+        help="recipes, or number formats of the decoder (vision and projector then w8a8) (w4a16)",
     )
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        default=["rtn", "gptq"],
+        help="name or name:option=value,option=value, values JSON or a word (rtn gptq)",
+    )
+    _experiment_arguments(parser, samples=64, draws=3)
+
+
+def _experiment_arguments(parser: argparse.ArgumentParser, samples: int, draws: int) -> None:
+    """Data and results file of commands that try many quantizations."""
     parser.add_argument("--calib", help="folder with samples.jsonl or images (shipped samples)")
-    parser.add_argument("--samples", type=int, default=16, help="calibration samples (16)")
-    parser.add_argument("--draws", type=int, default=1, help="calibration draws (1)")
+    parser.add_argument(
+        "--samples", type=int, default=samples, help=f"calibration samples ({samples})"
+    )
+    parser.add_argument("--draws", type=int, default=draws, help=f"calibration draws ({draws})")
     parser.add_argument("--seed", type=int, default=0, help="of the first draw (0)")
     parser.add_argument("--eval", help="folder with samples.jsonl (shipped held-out questions)")
     parser.add_argument("--eval-samples", type=int, default=200, help="questions (200)")
@@ -245,34 +263,117 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _ablate(arguments: argparse.Namespace) -> Json:
-    from qvlm.ablation import Case, ablate
-    from qvlm.data import calibration, evaluation
-    from qvlm.judge import Judge
+@dataclass(frozen=True)
+class _Experiment:
+    """What such a command works on: samples of each draw; questions and their samples."""
+
+    source: Source
+    loaded: Loaded
+    draws: list[list[Sample]]
+    questions: list[Question]
+    samples: list[Sample]
+
+
+def _experiment(arguments: argparse.Namespace) -> _Experiment:
+    from qvlm.data import calibration, evaluation, refuse_overlap
+    from qvlm.errors import CalibrationError
     from qvlm.quantize import build_samples
     from qvlm.source import load, open_source
 
-    recipes = {name: load_recipe(name) for name in arguments.formats}
+    if arguments.draws < 1:
+        raise CalibrationError(f"{arguments.draws} draws, expected at least 1")
     source, progress = open_source(arguments.source), reporter()
+    questions = evaluation(arguments.eval, arguments.eval_samples, arguments.seed)
+    seeds = range(arguments.seed, arguments.seed + arguments.draws)
+    drawn = [calibration(arguments.calib, arguments.samples, seed) for seed in seeds]
+    refuse_overlap((question for draw in drawn for question in draw), questions)
     loaded = load(source, progress)
+    draws = [build_samples(loaded, source.adapter, draw, progress) for draw in drawn]
+    asked = build_samples(loaded, source.adapter, questions, progress)
+    return _Experiment(source, loaded, draws, questions, asked)
+
+
+def _note(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _compare(arguments: argparse.Namespace) -> Json:
+    from qvlm.compare import HEADER, Case, compare, recipes, table_rows, task_rows
+    from qvlm.evaluate import scorer
+    from qvlm.judge import Judge
+
+    wanted = recipes(arguments.formats, arguments.methods)
+    given = _experiment(arguments)
+    model = given.loaded.model
+    case = Case(
+        given.source,
+        model,
+        given.draws,
+        given.questions,
+        given.samples,
+        Judge(model, given.samples),
+        # A user's questions may accept several answers: those are generated and matched.
+        scorer(given.loaded, given.questions) if arguments.eval not in (None, "demo") else None,
+        arguments.results,
+        _note,
+    )
+    outcome = compare(case, wanted)
+    say(arguments, table(table_rows(outcome.rows), HEADER))
+    header, lines = task_rows(outcome.rows)
+    say(arguments, "\nexact match per task\n" + table(lines, header))
+    for row in outcome.refused:
+        say(arguments, f"{row['format']} {row['method']}: refused, {row['reason']}")
+    return asdict(outcome)
+
+
+# -- convert-eval
+
+
+def _convert_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("layout", choices=["scienceqa"], help="of the questions to convert")
+    parser.add_argument("file", metavar="FILE", type=Path, help="scienceqa: problems.json")
+    parser.add_argument("--images", type=Path, required=True, help="the data set's image folder")
+    parser.add_argument("output", metavar="OUT", type=Path, help="folder to write, for --eval")
+    parser.add_argument("--split", default="test", help="train, val or test (test)")
+
+
+def _convert(arguments: argparse.Namespace) -> Json:
+    from qvlm.scienceqa import convert
+
+    result = convert(arguments.file, arguments.images, arguments.output, arguments.split)
+    say(arguments, f"written: {arguments.output} ({result.questions} questions)")
+    say(arguments, f"left out, without an image: {result.without_image}")
+    return {"output": str(arguments.output), **asdict(result)}
+
+
+# -- ablate
+
+
+def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="model directory, hub id or 'demo'")
+    parser.add_argument(
+        "--formats", nargs="+", default=["w4a16", "w8a8", "w4a4", "w6a6"], help="recipe names"
+    )
+    _experiment_arguments(parser, samples=16, draws=1)
+
+
+def _ablate(arguments: argparse.Namespace) -> Json:
+    from qvlm.ablation import Case, ablate
+    from qvlm.judge import Judge
+
+    recipes = {name: load_recipe(name) for name in arguments.formats}
     keys = ("source", "calib", "samples", "seed", "eval", "eval_samples")
     identity = {key: getattr(arguments, key) for key in keys}
-    questions = evaluation(arguments.eval, arguments.eval_samples, arguments.seed)
-    draws = [
-        build_samples(
-            loaded, source.adapter, calibration(arguments.calib, arguments.samples, seed), progress
-        )
-        for seed in range(arguments.seed, arguments.seed + arguments.draws)
-    ]
-    asked = build_samples(loaded, source.adapter, questions, progress)
+    given = _experiment(arguments)
+    model = given.loaded.model
     case = Case(
-        loaded.model,
-        source.adapter,
-        draws,
-        Judge(loaded.model, asked),
+        model,
+        given.source.adapter,
+        given.draws,
+        Judge(model, given.samples),
         arguments.results,
         identity,
-        lambda line: print(line, file=sys.stderr, flush=True),
+        _note,
     )
     rows = ablate(case, recipes)
     _say_ablation(arguments, rows)
@@ -308,8 +409,12 @@ def _say_ablation(arguments: argparse.Namespace, rows: Sequence[Json]) -> None:
 COMMANDS: dict[str, Command] = {
     "quantize": Command("quantize a model", _quantize_arguments, _quantize),
     "evaluate": Command("exact match, divergence, sizes", _evaluate_arguments, _evaluate),
+    "compare": Command("methods x formats x draws on one table", _compare_arguments, _compare),
     "ablate": Command("what each part of q-vlm is worth", _ablate_arguments, _ablate),
     "show": Command("linears, bits and bytes of a checkpoint", _show_arguments, _show),
+    "convert-eval": Command(
+        "a benchmark's files to an --eval folder", _convert_arguments, _convert
+    ),
 }
 
 

@@ -1,14 +1,22 @@
 """Calibration and evaluation questions: a folder with samples.jsonl, a plain folder of images, or the shipped set.
 
-samples.jsonl has one JSON object per line: {"image": path relative to the folder, or a list of them, "prompt": text,
-"answer": text, "task": optional text}. Every path is checked to lie inside the folder and every image is decoded
-before work begins, so that a bad folder costs one line and no time.
+samples.jsonl has one JSON object per line:
+
+    image    path relative to the folder, or a list of them; left out for a question without image
+    prompt   text
+    answer   text, or a list of accepted texts: the first is the reference that teacher forcing feeds
+    task     optional text; scores are given for each task too
+    options  optional list of texts: a multiple choice, the letters A, B, ... stand for them (see ``match``)
+
+Every path is checked to lie inside the folder and every image is decoded before work begins, so that a bad folder
+costs one line and no time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +25,7 @@ import numpy as np
 from PIL import Image
 
 from qvlm.errors import CalibrationError
+from qvlm.match import matches
 
 SAMPLES = "samples.jsonl"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -26,16 +35,39 @@ DEFAULT_PROMPT = "Describe this image in detail."
 
 @dataclass(frozen=True)
 class Question:
-    """images: files or PIL images, in prompt order; answer None means that the model's own greedy answer is used."""
+    """images: files or PIL images, in prompt order; answer None means that the model's own greedy answer is used.
+
+    also: further accepted answers; options: the texts of a multiple choice.
+    """
 
     images: tuple[Path | Image.Image, ...]
     prompt: str
     answer: str | None
     task: str = ""
+    also: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()
 
     def open_images(self) -> list[Image.Image]:
         """The images in RGB; CalibrationError naming the file that cannot be decoded."""
         return [_open(image) if isinstance(image, Path) else image for image in self.images]
+
+    def texts(self) -> tuple[str, ...]:
+        """Every text that a right answer may consist of; with options a letter, an option's text, or both."""
+        options = (f"({chr(ord('A') + i)}) {text}" for i, text in enumerate(self.options))
+        return (self.answer or "", *self.also, *options)
+
+    def right(self, text: str) -> bool:
+        """True if ``text`` answers the question (see ``match``); CalibrationError without a reference."""
+        if self.answer is None:
+            raise CalibrationError(f"question {self.prompt!r} has no answer to compare with")
+        return matches(text, (self.answer, *self.also), self.options)
+
+    def key(self) -> str:
+        """sha256 of the pixels and the prompt: equal for the same question, wherever its files lie."""
+        sha = hashlib.sha256(self.prompt.encode())
+        for image in self.open_images():
+            sha.update(str(image.size).encode() + image.convert("RGB").tobytes())
+        return sha.hexdigest()
 
 
 def calibration(path: str | None, samples: int, seed: int) -> list[Question]:
@@ -68,6 +100,18 @@ def evaluation(path: str | None, samples: int, seed: int) -> list[Question]:
                 f'{Path(str(path)) / SAMPLES}: question {number} has no answer to compare with. Add an "answer".'
             )
     return _drawn(questions, samples, seed)
+
+
+def refuse_overlap(calibration: Iterable[Question], evaluation: Iterable[Question]) -> None:
+    """CalibrationError if a question (same pixels, same prompt) is in both: its score would be of seen data."""
+    seen = {question.key() for question in calibration}
+    for question in evaluation:
+        if question.key() in seen:
+            names = ", ".join(str(i) for i in question.images if isinstance(i, Path)) or "no file"
+            raise CalibrationError(
+                f"evaluation question {question.prompt!r} ({names}): is in the calibration set too. "
+                "Give disjoint folders."
+            )
 
 
 def _shipped(samples: Sequence[Any]) -> list[Question]:
@@ -130,12 +174,27 @@ def _question(folder: Path, line: str, where: str) -> Question:
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
         raise CalibrationError(f'{where}: "image" must be a path or a list of paths')
-    answer, task = data.get("answer"), data.get("task", "")
-    if not isinstance(answer, str | None) or not isinstance(task, str):
-        raise CalibrationError(f'{where}: "answer" and "task" must be text')
+    task = data.get("task", "")
+    if not isinstance(task, str):
+        raise CalibrationError(f'{where}: "task" must be text')
+    answers = _texts(data, "answer", where)
     return Question(
-        tuple(_inside(folder, name, where) for name in names), data["prompt"], answer, task
+        tuple(_inside(folder, name, where) for name in names),
+        data["prompt"],
+        answers[0] if answers else None,
+        task,
+        answers[1:],
+        _texts(data, "options", where),
     )
+
+
+def _texts(data: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
+    """The texts under ``key``: none if it is absent or null, one for a text, all of a list."""
+    found = data.get(key)
+    texts = [found] if isinstance(found, str) else found if found is not None else []
+    if not isinstance(texts, list) or not all(isinstance(text, str) for text in texts):
+        raise CalibrationError(f'{where}: "{key}" must be text or a list of texts')
+    return tuple(texts)
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:

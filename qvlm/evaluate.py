@@ -7,7 +7,7 @@ Questions are batched only with others of the same length: nothing is padded, an
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -77,7 +77,7 @@ def answers(
     batch: int = BATCH,
     stage: str = "answer",
 ) -> Answers:
-    """Greedy answers, compared with the references after collapsing white space.
+    """Greedy answers, compared with the references as ``match`` says.
 
     A generation ends at the end token or ``_SLACK`` tokens past the batch's longest reference, where it can no longer
     match. Raises CalibrationError for a question without a reference.
@@ -88,8 +88,11 @@ def answers(
     texts = [""] * len(questions)
     done = 0
     for indices, samples in _batches(loaded, questions, token, batch, answered=False):
-        references = [questions[i].answer or "" for i in indices]
-        steps = _SLACK + max(len(_token_ids(loaded.processor, text)) for text in references)
+        steps = _SLACK + max(
+            len(_token_ids(loaded.processor, text))
+            for i in indices
+            for text in questions[i].texts()
+        )
         tokens = decode(loaded.model, _joined(samples), steps, stop).tokens
         for index, row in zip(indices, tokens.tolist(), strict=True):
             end = next((k for k, t in enumerate(row) if t in stop), len(row))
@@ -100,12 +103,20 @@ def answers(
     return _score(texts, questions)
 
 
+def scorer(loaded: Loaded, questions: Sequence[Question]) -> Callable[[nn.Module], list[bool]]:
+    """A function that answers every question with a model (by ``loaded``'s processor) and tells right from wrong."""
+
+    def score(model: nn.Module) -> list[bool]:
+        texts = answers(Loaded(model, loaded.processor), questions).texts
+        return [question.right(text) for text, question in zip(texts, questions, strict=True)]
+
+    return score
+
+
 def _score(texts: list[str], questions: Sequence[Question]) -> Answers:
     right: dict[str, list[bool]] = defaultdict(list)
     for text, question in zip(texts, questions, strict=True):
-        if question.answer is None:
-            raise CalibrationError(f"question {question.prompt!r} has no answer to compare with")
-        right[question.task or "all"].append(text.split() == question.answer.split())
+        right[question.task or "all"].append(question.right(text))
     total = [hit for hits in right.values() for hit in hits]
     return Answers(
         texts, sum(total) / len(total), {task: sum(h) / len(h) for task, h in sorted(right.items())}

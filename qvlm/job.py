@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from qvlm import fakequant
 from qvlm.capture import Stream, capture_inputs, capture_stream
-from qvlm.methods import Block, Context, Method, State
+from qvlm.methods import METHODS, Block, Context, Method, State
 
 
 @dataclass
@@ -79,6 +79,18 @@ class Job:
             floats = propagate(block, floats)
             fakequant.apply(self.model, linears)
             quants = propagate(block, quants)
+
+
+def quantized(context: Context) -> Job:
+    """A finished job: ``model`` has every component quantized by the recipe's method, ``context.model`` is the float
+    model it was made from.
+    """
+    method = METHODS[context.recipe.method]
+    job = Job.begin(context)
+    state = method.prepare(job.context)
+    for component in context.formats:
+        job.run_component(component, method, state)
+    return job
 
 
 @torch.no_grad()

@@ -1,15 +1,21 @@
 """How far a quantized model is from its float original, on questions with reference answers.
 
-Teacher-forced on the reference answers: mean KL(float || quantized) per answer token, and exact
-match, the share of questions whose every answer token up to the end token is the argmax. Greedy
-decoding gives the reference answer in exactly those cases: by induction, its next token is the
-argmax after the reference's beginning. One forward pass per question instead of one per token.
+Teacher-forced on the reference answers: mean KL(float || quantized) per answer token, perplexity
+of the answers, and exact match, the share of questions whose every answer token up to the end token
+is the argmax. Greedy decoding gives the reference answer in exactly those cases: by induction, its
+next token is the argmax after the reference's beginning. One forward pass per question instead of
+one per token.
+
+Block errors tell where the difference arises: |q - f|^2 / |f|^2 of what leaves each decoder layer,
+image and text tokens apart, both models run side by side so that no hidden state is kept.
 """
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +25,7 @@ from torch import Tensor, nn
 from qvlm.capture import Sample
 from qvlm.errors import CalibrationError
 from qvlm.generate import stop_tokens
+from qvlm.models.adapter import Adapter
 
 # Questions of equal shape in one forward pass.
 BATCH = 32
@@ -34,39 +41,99 @@ class Batch:
     mask: Tensor  # bool [questions, S-1]: the logits at t predict a counted answer token at t+1
     wanted: Tensor  # [answer tokens]
     reference: Tensor
+    image: Tensor  # bool [questions, S]
+    questions: tuple[int, ...]  # their numbers
 
 
 class Judge:
     """A float model's answers on a set of questions, and how far another model is from them."""
 
     def __init__(self, model: nn.Module, samples: Sequence[Sample]) -> None:
-        groups: dict[Any, list[Sample]] = defaultdict(list)
-        for sample in samples:
+        groups: dict[Any, list[int]] = defaultdict(list)
+        for number, sample in enumerate(samples):
             pixels = None if sample.pixel_values is None else tuple(sample.pixel_values.shape)
-            groups[(sample.input_ids.shape[1], pixels)].append(sample)
+            groups[(sample.input_ids.shape[1], pixels)].append(number)
         stop = stop_tokens(model)
         self.batches: list[Batch] = []
         for group in groups.values():
             for start in range(0, len(group), BATCH):
-                self.batches.append(_batch(model, group[start : start + BATCH], stop))
+                self.batches.append(_batch(model, samples, group[start : start + BATCH], stop))
         self.questions = len(samples)
 
-    @torch.no_grad()
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """kl (nats per answer token), exact_match (0 to 1)."""
-        kl, tokens, right = 0.0, 0, 0
+        """kl (nats per answer token), exact_match (0 to 1), perplexity of the answers."""
+        found, _ = self.measure_each(model)
+        return found
+
+    @torch.no_grad()
+    def measure_each(self, model: nn.Module) -> tuple[dict[str, float], list[bool]]:
+        """What ``measure`` gives, and for each question in order whether it was answered right."""
+        kl, loss, tokens = 0.0, 0.0, 0
+        right = [False] * self.questions
         for batch in self.batches:
             found = _answer_logits(model, batch.inputs, batch.mask)
             kl += float((batch.reference.exp() * (batch.reference - found)).sum())
+            loss -= float(found.gather(1, batch.wanted[:, None]).sum())
             tokens += len(found)
             hit = torch.ones_like(batch.mask)
             hit[batch.mask] = found.argmax(-1) == batch.wanted
-            right += int(hit.all(1).sum())
-        return {"kl": kl / tokens, "exact_match": right / self.questions}
+            for number, every in zip(batch.questions, hit.all(1).tolist(), strict=True):
+                right[number] = every
+        measured = {
+            "kl": kl / tokens,
+            "exact_match": sum(right) / self.questions,
+            # e^700 stands for anything worse: JSON has no infinity.
+            "perplexity": math.exp(min(loss / tokens, 700.0)),
+        }
+        return measured, right
+
+    @torch.no_grad()
+    def block_errors(
+        self, reference: nn.Module, model: nn.Module, adapter: Adapter
+    ) -> dict[str, list[float]]:
+        """image_error and text_error: a value per decoder layer (see above), over all questions;
+        everything before the layer is quantized too. No image, no image_error values.
+
+        reference: the float model that ``model`` was made from; not always the judge's, as the
+        same function may have other hidden states (a rotated residual stream).
+        """
+        names = adapter.layer_names(reference, "text")
+        error = {kind: torch.zeros(len(names), dtype=torch.float64) for kind in ("image", "text")}
+        norm = {kind: value.clone() for kind, value in error.items()}
+        for batch in self.batches:
+            sides = [_layer_outputs(side, names, batch.inputs) for side in (reference, model)]
+            for kind, mask in (("image", batch.image), ("text", ~batch.image)):
+                for layer, (f, q) in enumerate(zip(*sides, strict=True)):
+                    wanted = f[mask].double()
+                    error[kind][layer] += (q[mask].double() - wanted).square().sum()
+                    norm[kind][layer] += wanted.square().sum()
+        return {
+            f"{kind}_error": (error[kind] / norm[kind]).tolist() if norm[kind].all() else []
+            for kind in error
+        }
+
+
+def _layer_outputs(
+    model: nn.Module, names: Sequence[str], inputs: Mapping[str, Any]
+) -> list[Tensor]:
+    """The hidden states [B, S, hidden] that leave each named layer."""
+    outputs: list[Tensor] = []
+
+    def left(module: nn.Module, args: Any, output: Any) -> None:
+        outputs.append(output[0] if isinstance(output, tuple) else output)
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(model.get_submodule(name).register_forward_hook(left).remove)
+        model(**inputs)
+    return outputs
 
 
 @torch.no_grad()
-def _batch(model: nn.Module, samples: Sequence[Sample], stop: frozenset[int]) -> Batch:
+def _batch(
+    model: nn.Module, every: Sequence[Sample], numbers: Sequence[int], stop: frozenset[int]
+) -> Batch:
+    samples = [every[number] for number in numbers]
     inputs = [sample.model_inputs() for sample in samples]
     joined = {
         key: torch.cat([i[key] for i in inputs]) if isinstance(value, Tensor) else value
@@ -79,7 +146,14 @@ def _batch(model: nn.Module, samples: Sequence[Sample], stop: frozenset[int]) ->
     mask = (answer & before)[:, 1:]
     if not bool(mask.any(1).all()):
         raise CalibrationError("a question has no answer: exact match needs one")
-    return Batch(joined, mask, ids[:, 1:][mask], _answer_logits(model, joined, mask))
+    return Batch(
+        joined,
+        mask,
+        ids[:, 1:][mask],
+        _answer_logits(model, joined, mask),
+        torch.stack([sample.image_mask for sample in samples]),
+        tuple(numbers),
+    )
 
 
 def _answer_logits(model: nn.Module, inputs: Mapping[str, Any], mask: Tensor) -> Tensor:

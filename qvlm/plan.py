@@ -53,6 +53,12 @@ class Plan:
     other_bytes: int
     peak_bytes: int
 
+    @property
+    def bits_per_weight(self) -> float:
+        """Average over every weight of the model, scales included, what stays float at 16."""
+        parameters = sum(c.parameters for c in self.components) + self.other_bytes // 2
+        return 8 * (sum(c.nbytes for c in self.components) + self.other_bytes) / parameters
+
     def to_json(self) -> dict[str, Any]:
         """A JSON object with ``bits_per_weight`` in every component."""
         data = asdict(self)

@@ -1,6 +1,6 @@
 """Accuracy of an export as users meet it: questions answered by the runtime, float folder against quantized folder.
 
-Exact match compares greedy answers after collapsing white space. The divergence is teacher-forced: both decoders are
+Exact match compares greedy answers as ``qvlm.match`` says. The divergence is teacher-forced: both decoders are
 fed the tokens the float one chose, and KL(float || quantized) is the mean over those positions, in nats.
 """
 
@@ -94,10 +94,10 @@ class _Tally:
         """Answer greedily and keep the score; returns the generated tokens."""
         if question.answer is None:
             raise CalibrationError(f"question {question.prompt!r} has no answer to compare with")
-        limit = _SLACK + len(model.tokenizer.encode(question.answer, False))
+        limit = _SLACK + max(len(model.tokenizer.encode(t, False)) for t in question.texts())
         answer = model.generate(question.prompt, question.open_images(), max_new_tokens=limit)
         self._texts.append(answer.text)
-        self._right[question.task or "all"].append(answer.text.split() == question.answer.split())
+        self._right[question.task or "all"].append(question.right(answer.text))
         self._steps += answer.timings.decode_steps
         self._seconds += answer.timings.decode_s
         return answer.token_ids

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qvlm.data import DEFAULT_PROMPT, Question, calibration, evaluation
+from qvlm.data import DEFAULT_PROMPT, Question, calibration, evaluation, refuse_overlap
 from qvlm.errors import CalibrationError
 
 
@@ -62,7 +62,8 @@ def test_a_draw_is_fixed_by_its_seed_and_keeps_order(tmp_path: Path) -> None:
         (["[1]"], 'line 1: no text under "prompt"'),
         ([{"image": "0.png"}], 'line 1: no text under "prompt"'),
         ([{"prompt": "a", "answer": "b"}, {"image": 3, "prompt": "a"}], 'line 2: "image" must be'),
-        ([{"prompt": "a", "answer": 7}], '"answer" and "task" must be text'),
+        ([{"prompt": "a", "answer": 7}], '"answer" must be text or a list of texts'),
+        ([{"prompt": "a", "task": 7}], '"task" must be text'),
         ([{"image": "../x.png", "prompt": "a"}], r"image '../x.png' lies outside"),
         ([{"image": "/etc/passwd", "prompt": "a"}], "lies outside"),
         ([{"image": "9.png", "prompt": "a"}], "image '9.png' not found"),
@@ -117,3 +118,53 @@ def test_evaluation_needs_answers_and_lines(tmp_path: Path) -> None:
         )
     with pytest.raises(CalibrationError, match=r"nothing to read, expected samples.jsonl"):
         evaluation(str(folder(tmp_path / "b")), 9, 0)
+
+
+def test_answers_and_options_may_be_lists(tmp_path: Path) -> None:
+    path = folder(
+        tmp_path / "c",
+        {"prompt": "A?", "answer": ["two", "2"], "options": ["one", "two"]},
+        {"prompt": "B?", "answer": ["x"], "options": None},
+    )
+    first, second = evaluation(str(path), 5, 0)
+    assert (first.answer, first.also, first.options) == ("two", ("2",), ("one", "two"))
+    assert (second.answer, second.also, second.options) == ("x", (), ())
+    assert first.right("B") and first.right("two.") and not first.right("A")
+    assert set(first.texts()) == {"two", "2", "(A) one", "(B) two"}
+    with pytest.raises(CalibrationError, match="has no answer to compare"):
+        Question((), "C?", None).right("x")
+
+
+@pytest.mark.parametrize("value", [[1], {"a": 1}, ["a", None]])
+def test_lists_of_other_things_are_refused(tmp_path: Path, value: object) -> None:
+    for key in ("answer", "options"):
+        path = folder(tmp_path / key, {"prompt": "A?", key: value})
+        with pytest.raises(CalibrationError, match=f'"{key}" must be text or a list of texts'):
+            calibration(str(path), 5, 0)
+
+
+def test_the_shipped_sets_never_overlap() -> None:
+    """Not one image of them is the same, whatever is asked about it."""
+    known = {_pixels(q) for q in calibration(None, 256, 0)}
+    for seed in (0, 1):
+        asked = evaluation(None, 120, seed)
+        assert not known & {_pixels(q) for q in asked}
+        refuse_overlap(calibration(None, 256, 0), asked)
+
+
+def _pixels(question: Question) -> bytes:
+    return question.open_images()[0].tobytes()
+
+
+def test_the_same_question_in_both_sets_is_refused(tmp_path: Path) -> None:
+    """Another file, another format of the same pixels: only pixels and prompt decide."""
+    line = {"image": "1.png", "prompt": "A?", "answer": "a"}
+    here = folder(tmp_path / "here", line, {"image": "2.png", "prompt": "A?", "answer": "a"})
+    there = folder(tmp_path / "there", {**line, "image": "1.bmp"}, images=0)
+    Image.new("RGB", (8, 6), (1, 0, 0)).save(there / "1.bmp")
+    seen, asked = calibration(str(here), 9, 0), evaluation(str(there), 9, 0)
+    with pytest.raises(CalibrationError, match=r"'A\?' \(.*1.bmp\): is in the calibration set too"):
+        refuse_overlap(seen, asked)
+    refuse_overlap(seen[1:], asked)
+    other = folder(tmp_path / "other", {**line, "prompt": "B?"})
+    refuse_overlap(seen, evaluation(str(other), 9, 0))

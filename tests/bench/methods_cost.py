@@ -1,0 +1,148 @@
+"""What each method costs: seconds and peak memory on the demo and on a 1B-shaped decoder, as multiples of GPTQ's in the
+same run.
+
+The 1B shape is TinyLlama's (22 layers, hidden 2048, feed-forward 5632, 32 heads of 64, 4 key-value heads) behind a
+small vision tower, random weights, random pictures: costs do not depend on values, accuracy is not looked at. Only
+--layers of the 22 are built and quantized. Every method here works block by block, so its seconds are scaled by
+22 / layers; its memory is the layers' copy (which grows with them) and the working set of one block (which does not),
+so the peak is given as measured and not scaled. The methods take turns --repeats times; the fastest turn counts, as
+noise only adds.
+
+Run: python tests/bench/methods_cost.py [--methods gptq ...] [--shapes demo 1b] [--layers 2] [--samples 16] [--json F]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from qvlm.capture import Sample
+from qvlm.compare import with_method
+from qvlm.data import calibration
+from qvlm.job import quantized
+from qvlm.memory import peak_memory
+from qvlm.methods import METHODS, Context
+from qvlm.models import ADAPTERS
+from qvlm.plan import resolve
+from qvlm.quantize import build_samples
+from qvlm.recipe import component_recipe
+from qvlm.source import load, open_source
+
+Json = dict[str, Any]
+BASE = "gptq"
+LAYERS_1B = 22
+IMAGE_TOKEN = 31999
+IMAGE_SIZE, PATCH = 336, 14
+
+
+def demo(samples: int) -> tuple[nn.Module, list[Sample]]:
+    source = open_source("demo")
+    loaded = load(source)
+    return loaded.model, build_samples(loaded, source.adapter, calibration(None, samples, 0))
+
+
+def one_billion(layers: int, samples: int) -> tuple[nn.Module, list[Sample]]:
+    """LLaVA's token count: 576 image tokens and 64 of text."""
+    from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig
+    from transformers import LlavaForConditionalGeneration as Llava
+
+    vision = CLIPVisionConfig(
+        hidden_size=256, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
+        image_size=IMAGE_SIZE, patch_size=PATCH, projection_dim=256,
+    )  # fmt: skip
+    text = LlamaConfig(
+        hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
+        num_key_value_heads=4, vocab_size=32000, max_position_embeddings=2048,
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=vision, text_config=text, image_token_index=IMAGE_TOKEN,
+        vision_feature_layer=-1, vision_feature_select_strategy="default",
+        image_seq_length=(IMAGE_SIZE // PATCH) ** 2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = Llava._from_config(config, attn_implementation="eager")
+    return model.eval().requires_grad_(False), [random_sample(config) for _ in range(samples)]
+
+
+def random_sample(config: Any) -> Sample:
+    images = torch.full((config.image_seq_length,), IMAGE_TOKEN)
+    ids: Tensor = torch.cat([torch.tensor([1]), images, torch.randint(3, 31000, (63,))])
+    pixels = torch.randn(1, 3, IMAGE_SIZE, IMAGE_SIZE)
+    return Sample(ids[None], pixels, ids == IMAGE_TOKEN, torch.arange(len(ids)) >= len(ids) - 16)
+
+
+def cost(model: nn.Module, samples: list[Sample], method: str, format_: str) -> Json:
+    """One run on the decoder."""
+    adapter = ADAPTERS["llava"]
+    recipe = with_method(component_recipe(format_, "float", "float"), method)
+    context = Context(model, adapter, samples, recipe, resolve(model, adapter, recipe))
+    with peak_memory() as peak:
+        started = time.perf_counter()
+        quantized(context)
+        seconds = time.perf_counter() - started
+    return {"seconds": seconds, "peak_mb": peak.megabytes}
+
+
+def measure(shape: str, args: argparse.Namespace) -> list[Json]:
+    build = demo(args.samples) if shape == "demo" else one_billion(args.layers, args.samples)
+    model, samples = build
+    scale = LAYERS_1B / args.layers if shape == "1b" else 1.0
+    runs: dict[str, list[Json]] = {method: [] for method in dict.fromkeys((BASE, *args.methods))}
+    for _ in range(args.repeats):
+        for method, found in runs.items():
+            found.append(cost(model, samples, method, args.format))
+            print(f"{shape} {method}: {found[-1]['seconds']:.1f} s", flush=True)
+    rows: list[Json] = []
+    for method, found in runs.items():
+        peaks = [run["peak_mb"] for run in found if run["peak_mb"] is not None]
+        rows.append(
+            {
+                "shape": shape,
+                "method": method,
+                "seconds": scale * min(run["seconds"] for run in found),
+                "measured_seconds": [run["seconds"] for run in found],
+                "peak_mb": min(peaks) if peaks else None,
+            }
+        )
+    for row in rows:
+        row["times_gptq"] = row["seconds"] / rows[0]["seconds"]
+        known = row["peak_mb"] and rows[0]["peak_mb"]
+        row["memory_times_gptq"] = row["peak_mb"] / rows[0]["peak_mb"] if known else None
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), help="as in qvlm compare")
+    parser.add_argument("--shapes", nargs="+", choices=("demo", "1b"), default=["demo", "1b"])
+    parser.add_argument("--format", default="w4a16", help="of the decoder; the rest stays float")
+    parser.add_argument("--layers", type=int, default=2, help="of the 1B shape's 22 that are run")
+    parser.add_argument("--samples", type=int, default=16)
+    parser.add_argument("--repeats", type=int, default=2)
+    parser.add_argument("--json", type=Path)
+    args = parser.parse_args()
+    rows = [row for shape in args.shapes for row in measure(shape, args)]
+    print(f"{'shape':6} {'method':24} {'seconds':>9} {'x gptq':>7} {'peak MB':>8} {'x gptq':>7}")
+    for row in rows:
+        peak, ratio = row["peak_mb"], row["memory_times_gptq"]
+        memory = f"{peak:8.0f} {ratio:7.2f}" if ratio is not None else f"{'-':>8} {'-':>7}"
+        print(
+            f"{row['shape']:6} {row['method']:24} {row['seconds']:9.1f} {row['times_gptq']:7.2f} {memory}"
+        )
+    if args.json:
+        settings = {k: v for k, v in vars(args).items() if k != "json"}
+        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+        threads = torch.get_num_threads()
+        result = {"settings": settings, "machine": {**machine, "threads": threads}, "rows": rows}
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
