@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from qvlm import transform
 from qvlm.errors import RecipeError
-from qvlm.methods import METHODS
+from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.models.adapter import Adapter
 from qvlm.recipe import COMPONENTS, Format, Recipe
 from qvlm.source import Source, skeleton
@@ -65,7 +66,9 @@ def check_method(recipe: Recipe) -> None:
     """RecipeError for an unknown method or an option it does not have."""
     if recipe.method not in METHODS:
         raise RecipeError(f"method {recipe.method!r} is unknown. Known: {', '.join(METHODS)}.")
-    known = METHODS[recipe.method].options
+    known = dict(METHODS[recipe.method].options)
+    for name in transform.chosen(recipe):
+        known.update(TRANSFORMS[name].options if name in TRANSFORMS else {})
     if unknown := sorted(set(recipe.options) - set(known)):
         names = ", ".join(sorted(known)) or "none"
         raise RecipeError(
@@ -76,6 +79,7 @@ def check_method(recipe: Recipe) -> None:
 def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
     """component -> full linear name -> format, quantized linears only; RecipeError if one cannot take its format."""
     check_method(recipe)
+    transform.check(model, adapter, recipe)
     formats: Formats = {}
     for component in COMPONENTS:
         chosen = {}

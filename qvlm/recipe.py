@@ -3,7 +3,7 @@
 A recipe is an ordered list of rules over linear names; the first rule that matches wins, and a linear that no
 rule matches stays float. Formats have names (``w4a16`` ...) so that a recipe file stays short. A recipe file:
 
-    {"schema": 1, "method": "q-vlm", "samples": 64, "seed": 0, "options": {"depth": 3},
+    {"schema": 1, "method": "q-vlm", "samples": 64, "seed": 0, "options": {"depth": 3}, "transforms": ["rotate"],
      "rules": [{"pattern": "text.*", "format": "w4a16"}, {"pattern": "vision.*", "format": "w8a8"}]}
 
 Patterns are matched (fnmatch) on ``component.module_name``, component one of vision, projector, text, head:
@@ -154,6 +154,8 @@ class Recipe:
     samples: int = 64
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    # Equivalent changes of the float model before the method, in order (``qvlm.transform``).
+    transforms: tuple[str, ...] = ()
 
     def format_of(self, component: str, name: str) -> Format:
         """The format of linear ``name`` in ``component``."""
@@ -180,13 +182,14 @@ class Recipe:
             "samples": self.samples,
             "seed": self.seed,
             "options": dict(self.options),
+            **({"transforms": list(self.transforms)} if self.transforms else {}),
             "rules": [{"pattern": r.pattern, "format": r.format.name} for r in self.rules],
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Read ``to_json``'s object; RecipeError on an unknown schema, key or format."""
-        known = {"schema", "method", "samples", "seed", "options", "rules"}
+        known = {"schema", "method", "samples", "seed", "options", "transforms", "rules"}
         if unknown := sorted(set(data) - known):
             raise RecipeError(
                 f"{where}: unknown key {unknown[0]!r}. Known: {', '.join(sorted(known))}."
@@ -199,12 +202,16 @@ class Recipe:
             raise RecipeError(
                 f"{where}: rules must be a list of {{pattern, format}} ({type(error).__name__}: {error})"
             ) from error
+        transforms = data.get("transforms", [])
+        if not isinstance(transforms, list) or not all(isinstance(t, str) for t in transforms):
+            raise RecipeError(f"{where}: transforms {transforms!r}, expected a list of names")
         return Recipe(
             rules,
             str(data.get("method", "rtn")),
             int(data.get("samples", 64)),
             int(data.get("seed", 0)),
             dict(data.get("options", {})),
+            tuple(transforms),
         )
 
 
