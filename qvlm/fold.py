@@ -41,6 +41,11 @@ class Point:
     owner: str
     heads: Heads | None = None
 
+    def branch(self, layer: str) -> str:
+        """Full name of the layer's child that holds the owner: the attention or the MLP; the layer if it is it."""
+        child = self.owner[len(layer) + 1 :].partition(".")[0]
+        return f"{layer}.{child}" if child else layer
+
     def spread(self, scale: Tensor) -> Tensor:
         """The targets' scale [in] from the source's [channels]."""
         if self.heads is None:

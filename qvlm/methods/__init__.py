@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from qvlm.methods import gptaq, gptq, q_vlm, rtn, smoothquant, vlmq
+from qvlm.methods import awq, gptaq, gptq, q_vlm, rtn, smoothquant, vlmq
 from qvlm.methods.method import Block, BlockResult, Context, Method, State, Transform
 
 __all__ = [
@@ -24,9 +24,13 @@ METHODS: dict[str, Method] = {
     "gptaq": gptaq.Gptaq(),
     "vlmq": vlmq.Vlmq(),
     "q-vlm": q_vlm.QVlm(),
+    "awq": awq.ClipSearch(awq.OPTIONS),
+    "mbq": awq.ClipSearch(awq.BALANCED),
     "smoothquant": rtn.RoundToNearest(),
 }
 
 TRANSFORMS: dict[str, Transform] = {
+    "awq": awq.ScaleSearch(awq.OPTIONS),
+    "mbq": awq.ScaleSearch(awq.BALANCED),
     "smoothquant": smoothquant.Smoothing(),
 }
