@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from qvlm.methods import awq, gptaq, gptq, q_vlm, rtn, smoothquant, vlmq
+from qvlm.methods import awq, gptaq, gptq, q_vlm, rotate, rtn, smoothquant, vlmq
 from qvlm.methods.method import Block, BlockResult, Context, Method, State, Transform
 
 __all__ = [
@@ -30,6 +30,7 @@ METHODS: dict[str, Method] = {
 }
 
 TRANSFORMS: dict[str, Transform] = {
+    "rotate": rotate.Rotate(),
     "awq": awq.ScaleSearch(awq.OPTIONS),
     "mbq": awq.ScaleSearch(awq.BALANCED),
     "smoothquant": smoothquant.Smoothing(),

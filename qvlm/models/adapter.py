@@ -38,14 +38,13 @@ class Residual:
     """A decoder's residual stream behind RMSNorms without bias, so that a rotation of it passes them.
 
     embedding: full name of the token embedding; entries: full names of linears outside the decoder whose outputs
-    enter the stream; writers: paths in each layer of linears that add to it; final_norm: what the head reads through.
-    What reads the stream in a layer are the targets of the text pairs whose source is a norm.
+    enter the stream; writers: paths in each layer of linears that add to it. What reads the stream are the targets of
+    the text and head pairs whose source is a norm.
     """
 
     embedding: str
     entries: tuple[str, ...]
     writers: tuple[str, ...]
-    final_norm: str
 
 
 @dataclass(frozen=True)

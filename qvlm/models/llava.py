@@ -65,6 +65,5 @@ ADAPTER = Adapter(
         embedding="model.language_model.embed_tokens",
         entries=("model.multi_modal_projector.linear_2",),
         writers=("self_attn.o_proj", "mlp.down_proj"),
-        final_norm="model.language_model.norm",
     ),
 )
