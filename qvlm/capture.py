@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm.modality import image_tokens
 from qvlm.models.adapter import Adapter
 
 
@@ -106,7 +107,8 @@ class Stream:
     def forward(self, index: int, hidden: Tensor, sample: int) -> Tensor:
         """Layer ``index`` on a hidden state of sample ``sample`` (its position in this stream)."""
         args, kwargs = self.arguments[sample][index]
-        output = self.layers[index](hidden, *args, **kwargs)
+        with image_tokens(self.image_masks[sample]):
+            output = self.layers[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

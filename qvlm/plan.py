@@ -87,11 +87,21 @@ def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
             format_ = recipe.format_of(component, name)
             if format_.weights is not None:
                 format_.weights.groups(linear.in_features, name)
+                _check_split(component, name, format_)
                 chosen[name] = format_
         if chosen:
             formats[component] = chosen
     _check_tied_head(model, adapter, formats)
     return formats
+
+
+def _check_split(component: str, name: str, format_: Format) -> None:
+    scheme = format_.activations
+    if scheme is not None and scheme.granularity == "modality" and component != "text":
+        raise RecipeError(
+            f"{name}: format {format_.name!r} tells image tokens from text, in component {component!r} all tokens are "
+            "of one kind. Use w8a8-static there."
+        )
 
 
 def _check_tied_head(model: nn.Module, adapter: Adapter, formats: Formats) -> None:

@@ -25,7 +25,7 @@ SCHEMA = 1
 COMPONENTS = ("vision", "projector", "text", "head")
 
 Granularity = Literal["tensor", "channel", "group"]
-ActivationGranularity = Literal["tensor", "token", "channel"]
+ActivationGranularity = Literal["tensor", "token", "channel", "modality"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class ActivationScheme:
     """Integer format of a linear's input [tokens, in].
 
     "token" is dynamic: the token-normalised INT8 form, scale = max|x| of the token / qmax, symmetric.
-    "tensor" and "channel" are static: one scale (or one per input channel) fixed by calibration; "channel" is
+    "tensor", "modality" and "channel" are static, fixed by calibration: one scale, one for text and one for image
+    tokens (symmetric; decoder only, elsewhere all tokens are of one kind), one per input channel. "channel" is
     simulation only, as no integer GEMM can factor a scale out of its contraction index.
     """
 
@@ -85,8 +86,10 @@ class ActivationScheme:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"activation scheme: bits {self.bits}, expected 2 to 8")
-        if self.granularity == "token" and not self.symmetric:
-            raise RecipeError("activation scheme: granularity 'token' is symmetric only")
+        if self.granularity in ("token", "modality") and not self.symmetric:
+            raise RecipeError(
+                f"activation scheme: granularity {self.granularity!r} is symmetric only"
+            )
 
     @property
     def static(self) -> bool:
@@ -112,6 +115,7 @@ FORMATS: dict[str, Format] = {
         Format("w4a16-g64", WeightScheme(4, "group", 64)),
         Format("w8a8", WeightScheme(8, "channel", None), ActivationScheme(8, "token")),
         Format("w8a8-static", WeightScheme(8, "channel", None), ActivationScheme(8, "tensor")),
+        Format("w8a8-split", WeightScheme(8, "channel", None), ActivationScheme(8, "modality")),
         Format("w2a16", WeightScheme(2, "group", 128), deployable=False),
         Format("w3a16", WeightScheme(3, "group", 128), deployable=False),
         Format(
@@ -231,6 +235,7 @@ RECIPES: dict[str, Recipe] = {
     "w4a16-g64": component_recipe("w4a16-g64", "w8a8", "w8a8"),
     "w8a8": component_recipe("w8a8", "w8a8", "w8a8"),
     "w8a8-static": component_recipe("w8a8-static", "w8a8-static", "w8a8-static"),
+    "w8a8-split": component_recipe("w8a8-split", "w8a8-static", "w8a8-static"),
     "w4a4": component_recipe("w4a4", "w4a4", "w4a4"),
     "w6a6": component_recipe("w6a6", "w6a6", "w6a6"),
 }

@@ -30,7 +30,8 @@ def hadamard(size: int) -> Tensor:
     two = torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.kron(two, matrix)
-    return matrix / size**0.5
+    scaled: Tensor = matrix / size**0.5
+    return scaled
 
 
 def cosine(size: int) -> Tensor:

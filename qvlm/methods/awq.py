@@ -47,6 +47,7 @@ from qvlm.fold import Point, fold_scales, points, unfolded
 from qvlm.methods import rtn
 from qvlm.methods.mbq import gradient_ratios
 from qvlm.methods.method import Block, BlockResult, Context, State
+from qvlm.modality import image_tokens
 from qvlm.models.adapter import Adapter
 from qvlm.progress import Progress
 from qvlm.ranges import Rounding, initial_weight, observe, quantize, simulate_weight
@@ -77,12 +78,18 @@ def weighted_error(found: Tensor, target: Tensor, weights: Tensor, power: float)
 
 @dataclass
 class _Call:
-    """What an owner got and gave on one sample, and c of its tokens."""
+    """What an owner got and gave on one sample; the mask of image tokens and c [tokens]."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     output: Tensor
+    image: Tensor
     weights: Tensor
+
+    def again(self, owner: nn.Module) -> Tensor:
+        """What the owner gives now."""
+        with image_tokens(self.image):
+            return _first(owner(*self.args, **self.kwargs))
 
 
 class ScaleSearch:
@@ -185,7 +192,8 @@ class _Search:
         for sample, state in enumerate(hidden):
             with ExitStack() as stack:
                 if not self.count or sample < self.count:
-                    record = _recorder(calls, self._weights(point, sample))
+                    image = stream.image_masks[sample]
+                    record = _recorder(calls, image, self._weights(point, image))
                     owner = model.get_submodule(point.owner)
                     hook = owner.register_forward_hook(record, with_kwargs=True)
                     stack.callback(hook.remove)
@@ -196,9 +204,9 @@ class _Search:
             tokens += len(rows)
         return total / tokens, calls
 
-    def _weights(self, point: Point, sample: int) -> Tensor:
-        """c of the sample's tokens."""
-        image = self.stream.image_masks[sample].reshape(-1)
+    def _weights(self, point: Point, image: Tensor) -> Tensor:
+        """c of a sample's tokens [tokens]."""
+        image = image.reshape(-1)
         ones = torch.ones(len(image))
         ratio = self.ratios.get(point.branch(self.stream.names[point.index]), 1.0)
         return torch.where(image, ratio * ones, ones)
@@ -239,8 +247,7 @@ class _Search:
         owner, total = model.get_submodule(point.owner), 0.0
         with substituted(linears, trial):
             for call in calls:
-                output = _first(owner(*call.args, **call.kwargs))
-                total += weighted_error(output, call.output, call.weights, self.power)
+                total += weighted_error(call.again(owner), call.output, call.weights, self.power)
         return total
 
     def _ranges(
@@ -258,7 +265,7 @@ class _Search:
             for name, x in _inputs(owner, static, call).items():
                 scheme = self.context.formats[self.component][name].activations
                 assert scheme is not None
-                found = affine.activation_range(x / columns, scheme)
+                found = affine.activation_range(x / columns, scheme, call.image)
                 ranges[name] = found.union(ranges[name]) if name in ranges else found
         return ranges
 
@@ -273,9 +280,9 @@ def scaled_linear(
     return lambda x: run(x / columns)
 
 
-def _recorder(calls: list[_Call], weights: Tensor) -> Callable[..., None]:
+def _recorder(calls: list[_Call], image: Tensor, weights: Tensor) -> Callable[..., None]:
     def record(module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:
-        calls.append(_Call(args, kwargs, _first(output).detach(), weights))
+        calls.append(_Call(args, kwargs, _first(output).detach(), image, weights))
 
     return record
 
@@ -295,7 +302,7 @@ def _inputs(owner: nn.Module, linears: Mapping[str, nn.Linear], call: _Call) -> 
                 seen[name] = args[0]
 
             stack.callback(linear.register_forward_pre_hook(record).remove)
-        owner(*call.args, **call.kwargs)
+        call.again(owner)
     return seen
 
 
