@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm.errors import CalibrationError
 from qvlm.modality import image_tokens
 from qvlm.models.adapter import Adapter
 
@@ -103,6 +104,14 @@ class Stream:
     inputs: list[Tensor]
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
     image_masks: list[Tensor]
+
+    def expect_inputs(self) -> None:
+        """CalibrationError if no sample reaches the component."""
+        if not self.inputs:
+            raise CalibrationError(
+                f"{self.names[0]}: no calibration sample reaches it. Give samples that do (with images, for the vision "
+                "part) or keep it in float."
+            )
 
     def forward(self, index: int, hidden: Tensor, sample: int) -> Tensor:
         """Layer ``index`` on a hidden state of sample ``sample`` (its position in this stream)."""

@@ -5,7 +5,7 @@
 x the Kronecker product. The factors of n = 2^k m are Hadamard matrices of at most 64 (Sylvester's) and, for an odd
 m > 1, the orthonormal cosine transform DCT-II of size m: every entry of Q is at most sqrt(2 / n) in size, so an outlier
 channel spreads evenly over all. Applied factor by factor a row costs n (n_1 + n_2 + ...) products instead of n^2.
-Everything is float64: Q is orthogonal to 1e-15.
+Products are float64, some rows at a time; the result has the input's type. Q is orthogonal to 1e-15.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Numbers rotated at a time: 128 MiB of float64.
+CHUNK = 1 << 24
 # Factors up to here are applied as matrices; 4096 is 64 x 64.
 LARGEST_FACTOR = 64
 
@@ -63,14 +65,19 @@ class Rotation:
     signs: Tensor
 
     def columns(self, x: Tensor) -> Tensor:
-        """x Q for x [..., n], float64."""
-        size = len(self.signs)
-        parts = factors(size)
-        y = (x.double() * self.signs.double()).reshape(-1, *(len(f) for f in parts))
-        for axis, factor in enumerate(parts, 1):
-            y = torch.movedim(torch.movedim(y, axis, -1) @ factor, -1, axis)
-        return y.reshape(x.shape)
+        """x Q for x [..., n]."""
+        parts = factors(len(self.signs))
+        rows = x.reshape(-1, len(self.signs))
+        result = torch.empty_like(rows)
+        count = max(1, CHUNK // len(self.signs))
+        for start in range(0, len(rows), count):
+            y = rows[start : start + count].double() * self.signs.double()
+            y = y.reshape(-1, *(len(f) for f in parts))
+            for axis, factor in enumerate(parts, 1):
+                y = torch.movedim(torch.movedim(y, axis, -1) @ factor, -1, axis)
+            result[start : start + count] = y.reshape(-1, len(self.signs))
+        return result.reshape(x.shape)
 
     def rows(self, x: Tensor) -> Tensor:
-        """Q' x for x [n, ...], float64."""
+        """Q' x for x [n, ...]."""
         return torch.movedim(self.columns(torch.movedim(x, 0, -1)), -1, 0)

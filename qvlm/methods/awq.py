@@ -163,11 +163,7 @@ class _Search:
         self.grid, self.count = settings
         self.ratios, self.power = ratios, 1.0 if balanced else 2.0
         self.stream = capture_stream(context.model, context.adapter, component, context.samples)
-        if not self.stream.inputs:
-            raise CalibrationError(
-                f"{self.stream.names[0]}: no calibration sample reaches it. Give samples that do (with images, for "
-                "the vision part) or keep it in float."
-            )
+        self.stream.expect_inputs()
 
     def run(self, found: Sequence[Point], progress: Progress) -> list[tuple[Point, Tensor, float]]:
         """(point, s, t) of every point; the stream goes through the float layers once."""

@@ -101,6 +101,7 @@ def _largest_inputs(context: Context, component: str, found: Sequence[Point]) ->
         return {}
     largest: dict[str, Tensor] = {}
     stream = capture_stream(context.model, context.adapter, component, context.samples)
+    stream.expect_inputs()
     for sample, hidden in enumerate(stream.inputs):
         for index in range(len(stream.layers)):
             wanted = {p.source: p.targets[0] for p in found if p.index == index}

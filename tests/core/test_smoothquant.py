@@ -18,8 +18,9 @@ from tiny_source import tiny_questions
 
 from qvlm.capture import capture_stream, linear_inputs
 from qvlm.checkpoint import Checkpoint
+from qvlm.errors import CalibrationError
 from qvlm.job import Job
-from qvlm.methods import METHODS
+from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.methods.smoothquant import Smoothing, smoothing_scale
 from qvlm.progress import silent
 from qvlm.quantize import quantize
@@ -112,6 +113,16 @@ def test_weight_only_linears_are_left_alone_and_others_are_named() -> None:
     assert len(report["spread"]) == 2 * 3 + 2 * 4
     projector = [name for name in report["unfolded"] if "projector" in name]
     assert len(projector) == 2 and len(report["unfolded"]) == 4
+
+
+def test_a_component_that_no_sample_reaches_is_named() -> None:
+    context = tiny_context(component_recipe("w8a8", "w8a8", "w8a8", method="smoothquant"), 1)
+    text_only = [
+        replace(s, pixel_values=None, input_ids=s.input_ids[:, :3]) for s in context.samples
+    ]
+    for name in ("smoothquant", "awq"):
+        with pytest.raises(CalibrationError, match=r"layers.0: no calibration sample reaches it"):
+            TRANSFORMS[name].find(replace(context, samples=text_only), silent)
 
 
 def test_a_checkpoint_holds_the_folded_model(tiny_source: Path, tmp_path: Path) -> None:
