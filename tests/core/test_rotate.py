@@ -159,7 +159,7 @@ def test_transforms_follow_each_other_and_survive_an_interrupt(
     tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     chosen = component_recipe("w8a8", "w8a8", "w8a8", method="smoothquant", transforms=("rotate",))
-    questions = tiny_questions(2)
+    questions = tiny_questions(1)
     whole = quantize(str(tiny_source), tmp_path / "a", chosen, questions=questions, goldens=1)
 
     def unplugged(*arguments: object) -> None:

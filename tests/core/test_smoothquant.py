@@ -127,7 +127,7 @@ def test_a_component_that_no_sample_reaches_is_named() -> None:
 
 def test_a_checkpoint_holds_the_folded_model(tiny_source: Path, tmp_path: Path) -> None:
     recipes = component_recipe("w8a8", "w8a8", "w8a8", method="smoothquant")
-    arguments = {"questions": tiny_questions(3), "goldens": 1}
+    arguments = {"questions": tiny_questions(1), "goldens": 1}
     folder = quantize(str(tiny_source), tmp_path / "smooth", recipes, **arguments)  # type: ignore[arg-type]
     plain = quantize(
         str(tiny_source), tmp_path / "rtn", replace(recipes, method="rtn"), **arguments
