@@ -171,8 +171,8 @@ def _partition_rows(
         return
     context = _context(case, recipe, samples, {"visual_encoder": step, "partition": "error"})
     method = METHODS["q-vlm"]
-    state = method.prepare(context)
     job = Job.begin(context)
+    state = method.prepare(job.context)
     for component in ("vision", "projector"):
         if component in context.formats:
             job.run_component(component, method, state)

@@ -182,7 +182,9 @@ def fake_quantize_weight(
 
 @dataclass(frozen=True)
 class ActivationRange:
-    """Smallest and largest value a static scheme covers: [1] per tensor or [in] per channel, float32."""
+    """Smallest and largest value a static scheme covers, float32: [1] per tensor, [in] per channel, or [2] for text
+    and image tokens (infinite, low above high, where none was seen).
+    """
 
     low: Tensor
     high: Tensor
@@ -194,9 +196,22 @@ class ActivationRange:
         )
 
 
-def activation_range(x: Tensor, scheme: ActivationScheme) -> ActivationRange:
-    """Minimum and maximum of an input [..., in] over all tokens, per tensor [1] or per channel [in]."""
+def activation_range(
+    x: Tensor, scheme: ActivationScheme, image: Tensor | None = None
+) -> ActivationRange:
+    """Minimum and maximum of an input [..., in] over all tokens; shapes as in ``ActivationRange``.
+
+    image: bool [...], True on image tokens; needed by granularity "modality" only.
+    """
     tokens = x.detach().reshape(-1, x.shape[-1])
+    if scheme.granularity == "modality":
+        if image is None:
+            raise ValueError("activation granularity 'modality' needs to know the image tokens")
+        kinds = torch.stack([~image.reshape(-1), image.reshape(-1)])[..., None]  # [2, tokens, 1]
+        return ActivationRange(
+            torch.where(kinds, tokens, torch.inf).amin((1, 2)),
+            torch.where(kinds, tokens, -torch.inf).amax((1, 2)),
+        )
     low, high = tokens.amin(0), tokens.amax(0)
     if scheme.granularity == "tensor":
         low, high = low.min().reshape(1), high.max().reshape(1)
@@ -206,7 +221,13 @@ def activation_range(x: Tensor, scheme: ActivationScheme) -> ActivationRange:
 def activation_parameters(
     low: Tensor, high: Tensor, scheme: ActivationScheme
 ) -> tuple[Tensor, Tensor | None]:
-    """Scale (float32 holding float16 values) and zero point (None if symmetric) of a static scheme, like ``low``."""
+    """Scale (float32 holding float16 values) and zero point (None if symmetric) of a static scheme, like ``low``.
+
+    Granularity "modality": a kind of token that was never seen takes the other's range.
+    """
+    if scheme.granularity == "modality":
+        seen = low <= high
+        low, high = torch.where(seen, low, low.flip(0)), torch.where(seen, high, high.flip(0))
     return _parameters(low, high, scheme.bits, scheme.symmetric)
 
 
@@ -215,17 +236,22 @@ def fake_quantize_activation(
     scheme: ActivationScheme,
     scale: Tensor | None = None,
     zero_point: Tensor | None = None,
+    image: Tensor | None = None,
 ) -> Tensor:
     """Quantize and dequantize an input [..., in].
 
     "token": m = max(max|x| over the last axis, 1e-4), q = QuantizeLinear(x / m, 1/127), result q * (1/127) * m (an
-    exported graph multiplies by m after the MatMul, DESIGN decision 4). "tensor" and "channel": QuantizeLinear with
-    the calibrated ``scale`` [1] or [in] and ``zero_point``. Both divide by the scale as ONNX defines it
-    (QuantizeLinear-21: y = saturate(round(x / y_scale) + y_zero_point), round half to even).
+    exported graph multiplies by m after the MatMul, DESIGN decision 4). "modality": the same with m = qmax * scale of
+    the token's kind; ``scale`` [2] is for text and image, ``image`` bool [...] True on image tokens. "tensor" and
+    "channel": QuantizeLinear with the calibrated ``scale`` [1] or [in] and ``zero_point``. All divide by the scale as
+    ONNX defines it (QuantizeLinear-21: y = saturate(round(x / y_scale) + y_zero_point), round half to even).
     """
     qmin, qmax = integer_range(scheme.bits)
-    if scheme.granularity == "token":
-        maximum = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_TOKEN_MAXIMUM)
+    if scheme.granularity in ("token", "modality"):
+        if scheme.granularity == "token":
+            maximum = x.abs().amax(-1, keepdim=True).clamp(min=SMALLEST_TOKEN_MAXIMUM)
+        else:
+            maximum = _modality_maximum(x, scheme, scale, image)
         step = torch.tensor([1.0 / qmax], dtype=x.dtype, device=x.device)
         return ste_round(x / maximum / step).clamp(qmin, qmax) * step * maximum
     if scale is None:
@@ -235,3 +261,13 @@ def fake_quantize_activation(
         return integers.clamp(qmin, qmax) * scale
     zero = zero_point.to(x.dtype)
     return ((integers + zero).clamp(qmin, qmax) - zero) * scale
+
+
+def _modality_maximum(
+    x: Tensor, scheme: ActivationScheme, scale: Tensor | None, image: Tensor | None
+) -> Tensor:
+    """m [..., 1] of "modality": qmax times a float16 value, exact in float32."""
+    if scale is None or image is None:
+        raise ValueError("activation granularity 'modality' needs two scales and the image tokens")
+    maxima = scale.to(x.dtype) * integer_range(scheme.bits)[1]
+    return torch.where(image, maxima[1], maxima[0])[..., None]

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from qvlm.errors import CalibrationError
+from qvlm.modality import image_tokens
 from qvlm.models.adapter import Adapter
 
 
@@ -103,10 +105,19 @@ class Stream:
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
     image_masks: list[Tensor]
 
+    def expect_inputs(self) -> None:
+        """CalibrationError if no sample reaches the component."""
+        if not self.inputs:
+            raise CalibrationError(
+                f"{self.names[0]}: no calibration sample reaches it. Give samples that do (with images, for the vision "
+                "part) or keep it in float."
+            )
+
     def forward(self, index: int, hidden: Tensor, sample: int) -> Tensor:
         """Layer ``index`` on a hidden state of sample ``sample`` (its position in this stream)."""
         args, kwargs = self.arguments[sample][index]
-        output = self.layers[index](hidden, *args, **kwargs)
+        with image_tokens(self.image_masks[sample]):
+            output = self.layers[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
         return result
 

@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvlm import affine
+from qvlm import affine, modality
 from qvlm.checkpoint import QuantizedLinear
+from qvlm.models import ADAPTERS
 from qvlm.recipe import ActivationScheme
 
 # What a linear with static activations stores besides its weight.
@@ -60,13 +61,24 @@ class FakeQuantLinear(nn.Module):
         """x [..., in] -> [..., out]."""
         if self.activations is not None:
             x = affine.fake_quantize_activation(
-                x, self.activations, self.input_scale, self.input_zero_point
+                x,
+                self.activations,
+                self.input_scale,
+                self.input_zero_point,
+                modality.current(x) if self.activations.granularity == "modality" else None,
             )
         return F.linear(x, self.weight, self.bias)
 
 
 def apply(model: nn.Module, quantized: Mapping[str, QuantizedLinear]) -> None:
-    """Replace each named nn.Linear of the model by its simulation, in place."""
+    """Replace each named nn.Linear of the model by its simulation, in place.
+
+    With a format that tells image tokens from text, the model follows its ids from now on (``modality``).
+    """
+    formats = (linear.activations for linear in quantized.values())
+    if any(scheme is not None and scheme.granularity == "modality" for scheme in formats):
+        adapter = ADAPTERS[str(model.config.model_type)]  # type: ignore[union-attr]
+        modality.follow(model, adapter.image_token_id(model.config))
     for name, linear in quantized.items():
         parent, _, child = name.rpartition(".")
         owner = model.get_submodule(parent)

@@ -12,8 +12,9 @@ from typing import Any
 
 from torch import nn
 
+from qvlm import transform
 from qvlm.errors import RecipeError
-from qvlm.methods import METHODS
+from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.models.adapter import Adapter
 from qvlm.recipe import COMPONENTS, Format, Recipe
 from qvlm.source import Source, skeleton
@@ -71,7 +72,9 @@ def check_method(recipe: Recipe) -> None:
     """RecipeError for an unknown method or an option it does not have."""
     if recipe.method not in METHODS:
         raise RecipeError(f"method {recipe.method!r} is unknown. Known: {', '.join(METHODS)}.")
-    known = METHODS[recipe.method].options
+    known = dict(METHODS[recipe.method].options)
+    for name in transform.chosen(recipe):
+        known.update(TRANSFORMS[name].options if name in TRANSFORMS else {})
     if unknown := sorted(set(recipe.options) - set(known)):
         names = ", ".join(sorted(known)) or "none"
         raise RecipeError(
@@ -82,6 +85,7 @@ def check_method(recipe: Recipe) -> None:
 def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
     """component -> full linear name -> format, quantized linears only; RecipeError if one cannot take its format."""
     check_method(recipe)
+    transform.check(model, adapter, recipe)
     formats: Formats = {}
     for component in COMPONENTS:
         chosen = {}
@@ -89,11 +93,21 @@ def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
             format_ = recipe.format_of(component, name)
             if format_.weights is not None:
                 format_.weights.groups(linear.in_features, name)
+                _check_split(component, name, format_)
                 chosen[name] = format_
         if chosen:
             formats[component] = chosen
     _check_tied_head(model, adapter, formats)
     return formats
+
+
+def _check_split(component: str, name: str, format_: Format) -> None:
+    scheme = format_.activations
+    if scheme is not None and scheme.granularity == "modality" and component != "text":
+        raise RecipeError(
+            f"{name}: format {format_.name!r} tells image tokens from text, in component {component!r} all tokens are "
+            "of one kind. Use w8a8-static there."
+        )
 
 
 def _check_tied_head(model: nn.Module, adapter: Adapter, formats: Formats) -> None:

@@ -1,8 +1,8 @@
 """The driver: source, recipe, samples -> quantized checkpoint. The only file that knows the order of the work.
 
 1. Check source and recipe (``plan.resolve``), load the model, build the samples.
-2. Float goldens, the largest activations, and the float hidden states that enter each component, while the model is
-   still float.
+2. Float goldens; the recipe's transforms, and a check that the changed model still answers the same; the largest
+   activations, and the float hidden states that enter each component, while the model is still float.
 3. The method prepares, then for vision, projector, text, head: it cuts the layers into blocks and turns each block
    into integers, given the float stream and the quantized stream that enter it. The block is replaced by its
    simulation; both streams go on to the next. Each finished block is saved.
@@ -43,6 +43,7 @@ from qvlm.plan import Formats, Plan, plan, resolve
 from qvlm.progress import Progress, silent
 from qvlm.recipe import COMPONENTS, Recipe
 from qvlm.source import Loaded, Source, load, open_source, skeleton
+from qvlm.transform import chosen, transform
 from qvlm.workdir import WorkDirectory, digest
 
 __all__ = ["Plan", "build_samples", "plan", "quantize"]
@@ -64,6 +65,11 @@ _COMPANIONS = (
 )
 # Longest greedy answer for a calibration picture without one.
 _OWN_ANSWER_TOKENS = 64
+# How far a transform may move logits, relative. Every changed weight rounds once, 2^-24; some hundred of them behind
+# each other, their errors enlarged by softmax up to 32 times (as the exporter's bounds have it), stay below 2^-24 *
+# sqrt(1000) * 32 = 6e-5, and outlier channels that a rotation mixes with others cost a digit more: 2^-10. A wrong fold
+# moves logits by a share of themselves.
+TRANSFORM_ROUNDING = 2.0**-10
 
 
 def quantize(
@@ -93,8 +99,13 @@ def quantize(
     samples = build_samples(loaded, source.adapter, chosen, progress)
     work.begin(_identity(source, recipe, samples, len(prompts)))
     float_sides = run.float_goldens(prompts)
+    transforms = run.transform(samples, work)
+    if transforms:
+        float_sides = run.transformed_goldens(prompts, float_sides)
     largest = run.magnitudes(samples, work)
     report = run.quantize_components(samples, work)
+    if transforms:
+        report["transforms"] = transforms
     directory = work.checkpoint()
     run.write(directory, report)
     dump_json(directory / MAGNITUDES, largest)
@@ -189,6 +200,45 @@ class _Run:
             sides.append(golden_side(self.model, self.adapter, prompt, steps))
         self.progress("float goldens", len(prompts), len(prompts))
         return sides
+
+    def transform(self, samples: list[Sample], work: WorkDirectory) -> dict[str, Any]:
+        """Apply the recipe's transforms; what they report."""
+
+        def load(name: str) -> State | None:
+            return work.load_arrays(f"transform-{name}")
+
+        def save(name: str, state: State) -> None:
+            work.save_arrays(f"transform-{name}", state)
+
+        context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
+        return transform(context, load, save, self.progress)
+
+    def transformed_goldens(
+        self,
+        prompts: Sequence[Sample],
+        sides: Sequence[tuple[dict[str, Array], dict[str, Array]]],
+    ) -> list[tuple[dict[str, Array], dict[str, Array]]]:
+        """The float side of every golden after the transforms, on the original model's tokens.
+
+        Logits and keys stay the original's; image features and values may now have another scale or basis, in which
+        the quantized model is compared. Raises CalibrationError if the logits moved by more than rounding.
+        """
+        changed = []
+        for number, (prompt, (inputs, outputs)) in enumerate(zip(prompts, sides, strict=True)):
+            self.progress("transformed goldens", number, len(prompts))
+            forced = torch.from_numpy(inputs["tokens"])[None]
+            _, now = golden_side(self.model, self.adapter, prompt, forced.shape[1], forced)
+            moved = np.linalg.norm(now["logits"] - outputs["logits"])
+            if not moved <= TRANSFORM_ROUNDING * np.linalg.norm(outputs["logits"]):
+                names = ", ".join(chosen(self.recipe))
+                raise CalibrationError(
+                    f"transforms {names}: golden {number} has logits that moved by {moved:.3g} (norm), expected float "
+                    "rounding only. Leave the transforms out."
+                )
+            kept = {key: now[key] for key in ("image_features", "value")}
+            changed.append((inputs, {**outputs, **kept}))
+        self.progress("transformed goldens", len(prompts), len(prompts))
+        return changed
 
     def quant_goldens(
         self,

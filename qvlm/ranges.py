@@ -29,7 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from qvlm import affine
+from qvlm import affine, modality
 from qvlm.affine import ActivationRange
 from qvlm.capture import Stream, linear_inputs
 from qvlm.checkpoint import QuantizedLinear
@@ -317,7 +317,9 @@ def simulate_weight(
 
     def run(x: Tensor) -> Tensor:
         if activations is not None:
-            x = affine.fake_quantize_activation(x, activations, scale, zero)
+            split = activations.granularity == "modality"
+            image = modality.current(x) if split else None
+            x = affine.fake_quantize_activation(x, activations, scale, zero, image)
         return F.linear(x, weight, bias)
 
     return run

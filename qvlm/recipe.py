@@ -3,7 +3,7 @@
 A recipe is an ordered list of rules over linear names; the first rule that matches wins, and a linear that no
 rule matches stays float. Formats have names (``w4a16`` ...) so that a recipe file stays short. A recipe file:
 
-    {"schema": 1, "method": "q-vlm", "samples": 64, "seed": 0, "options": {"depth": 3},
+    {"schema": 1, "method": "q-vlm", "samples": 64, "seed": 0, "options": {"depth": 3}, "transforms": ["rotate"],
      "rules": [{"pattern": "text.*", "format": "w4a16"}, {"pattern": "vision.*", "format": "w8a8"}]}
 
 Patterns are matched (fnmatch) on ``component.module_name``, component one of vision, projector, text, head:
@@ -25,7 +25,7 @@ SCHEMA = 1
 COMPONENTS = ("vision", "projector", "text", "head")
 
 Granularity = Literal["tensor", "channel", "group"]
-ActivationGranularity = Literal["tensor", "token", "channel"]
+ActivationGranularity = Literal["tensor", "token", "channel", "modality"]
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ class ActivationScheme:
     """Integer format of a linear's input [tokens, in].
 
     "token" is dynamic: the token-normalised INT8 form, scale = max|x| of the token / qmax, symmetric.
-    "tensor" and "channel" are static: one scale (or one per input channel) fixed by calibration; "channel" is
+    "tensor", "modality" and "channel" are static, fixed by calibration: one scale, one for text and one for image
+    tokens (symmetric; decoder only, elsewhere all tokens are of one kind), one per input channel. "channel" is
     simulation only, as no integer GEMM can factor a scale out of its contraction index.
     """
 
@@ -85,8 +86,10 @@ class ActivationScheme:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise RecipeError(f"activation scheme: bits {self.bits}, expected 2 to 8")
-        if self.granularity == "token" and not self.symmetric:
-            raise RecipeError("activation scheme: granularity 'token' is symmetric only")
+        if self.granularity in ("token", "modality") and not self.symmetric:
+            raise RecipeError(
+                f"activation scheme: granularity {self.granularity!r} is symmetric only"
+            )
 
     @property
     def static(self) -> bool:
@@ -112,6 +115,7 @@ FORMATS: dict[str, Format] = {
         Format("w4a16-g64", WeightScheme(4, "group", 64)),
         Format("w8a8", WeightScheme(8, "channel", None), ActivationScheme(8, "token")),
         Format("w8a8-static", WeightScheme(8, "channel", None), ActivationScheme(8, "tensor")),
+        Format("w8a8-split", WeightScheme(8, "channel", None), ActivationScheme(8, "modality")),
         Format("w2a16", WeightScheme(2, "group", 128), deployable=False),
         Format("w3a16", WeightScheme(3, "group", 128), deployable=False),
         Format(
@@ -154,6 +158,8 @@ class Recipe:
     samples: int = 64
     seed: int = 0
     options: Mapping[str, Any] = field(default_factory=dict)
+    # Equivalent changes of the float model before the method, in order (``qvlm.transform``).
+    transforms: tuple[str, ...] = ()
 
     def format_of(self, component: str, name: str) -> Format:
         """The format of linear ``name`` in ``component``."""
@@ -180,13 +186,14 @@ class Recipe:
             "samples": self.samples,
             "seed": self.seed,
             "options": dict(self.options),
+            **({"transforms": list(self.transforms)} if self.transforms else {}),
             "rules": [{"pattern": r.pattern, "format": r.format.name} for r in self.rules],
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Read ``to_json``'s object; RecipeError on an unknown schema, key or format."""
-        known = {"schema", "method", "samples", "seed", "options", "rules"}
+        known = {"schema", "method", "samples", "seed", "options", "transforms", "rules"}
         if unknown := sorted(set(data) - known):
             raise RecipeError(
                 f"{where}: unknown key {unknown[0]!r}. Known: {', '.join(sorted(known))}."
@@ -199,12 +206,16 @@ class Recipe:
             raise RecipeError(
                 f"{where}: rules must be a list of {{pattern, format}} ({type(error).__name__}: {error})"
             ) from error
+        transforms = data.get("transforms", [])
+        if not isinstance(transforms, list) or not all(isinstance(t, str) for t in transforms):
+            raise RecipeError(f"{where}: transforms {transforms!r}, expected a list of names")
         return Recipe(
             rules,
             str(data.get("method", "rtn")),
             int(data.get("samples", 64)),
             int(data.get("seed", 0)),
             dict(data.get("options", {})),
+            tuple(transforms),
         )
 
 
@@ -224,6 +235,7 @@ RECIPES: dict[str, Recipe] = {
     "w4a16-g64": component_recipe("w4a16-g64", "w8a8", "w8a8"),
     "w8a8": component_recipe("w8a8", "w8a8", "w8a8"),
     "w8a8-static": component_recipe("w8a8-static", "w8a8-static", "w8a8-static"),
+    "w8a8-split": component_recipe("w8a8-split", "w8a8-static", "w8a8-static"),
     "w4a4": component_recipe("w4a4", "w4a4", "w4a4"),
     "w6a6": component_recipe("w6a6", "w6a6", "w6a6"),
 }

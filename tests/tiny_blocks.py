@@ -4,26 +4,52 @@ from __future__ import annotations
 
 import torch
 from tiny_models import IMAGE_TOKEN, prompts, tiny_llava
+from transformers import LlavaForConditionalGeneration
 
 from qvlm.capture import Sample, Stream, capture_stream
-from qvlm.methods.method import Block
+from qvlm.fold import fold_scale, points
+from qvlm.methods.method import Block, Context
 from qvlm.models import ADAPTERS
-from qvlm.recipe import named_format
+from qvlm.plan import resolve
+from qvlm.recipe import Recipe, named_format
 
 
 def tiny_stream(component: str, samples: int, **changes: object) -> Stream:
     """The stream of a component of ``tiny_llava`` over prompts with one and two images."""
     model = tiny_llava(**changes)
+    stream = capture_stream(model, ADAPTERS["llava"], component, tiny_samples(model, samples))
+    for layer in stream.layers:
+        layer.requires_grad_(False)
+    return stream
+
+
+def tiny_samples(model: LlavaForConditionalGeneration, samples: int) -> list[Sample]:
+    """Prompts with one and two images; the last three tokens count as the answer."""
     found: list[Sample] = []
     for seed in range(1, samples + 1):
         for ids, pixels in prompts(model, seed)[: samples - len(found)]:
             tokens = torch.tensor([ids])
-            mask = tokens[0] == IMAGE_TOKEN
-            found.append(Sample(tokens, pixels, mask, torch.zeros_like(mask)))
-    stream = capture_stream(model, ADAPTERS["llava"], component, found)
-    for layer in stream.layers:
-        layer.requires_grad_(False)
-    return stream
+            answer = torch.arange(len(ids)) >= len(ids) - 3
+            found.append(Sample(tokens, pixels, tokens[0] == IMAGE_TOKEN, answer))
+    return found
+
+
+def tiny_context(recipe: Recipe, samples: int = 3, **changes: object) -> Context:
+    """``tiny_llava`` with samples, before a method or transform of ``recipe``."""
+    model = tiny_llava(**changes).requires_grad_(False)
+    adapter = ADAPTERS["llava"]
+    formats = resolve(model, adapter, recipe)
+    return Context(model, adapter, tiny_samples(model, samples), recipe, formats)
+
+
+def with_outliers(context: Context) -> Context:
+    """Every 16th channel behind a norm of the decoder a hundred times larger, its columns smaller; in place."""
+    for point in points(context.model, context.adapter, "text", context.formats["text"]):
+        if "norm" in point.source:
+            scale = torch.ones(384)
+            scale[::16] = 0.01
+            fold_scale(context.model, point, scale)
+    return context
 
 
 def tiny_block(stream: Stream, format_name: str, error: float = 0.0, layer: int = 0) -> Block:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from transformers import CLIPVisionConfig, LlamaConfig, LlavaConfig, LlavaForConditionalGeneration
 
-from qvlm import affine
+from qvlm import affine, modality
 from qvlm.checkpoint import CheckpointWriter, Golden, QuantizedLinear, write_goldens
 from qvlm.recipe import Format, Recipe
 
@@ -106,11 +106,13 @@ def live_linears(model: LlavaForConditionalGeneration) -> dict[str, nn.Linear]:
     }
 
 
-def quantize(weight: torch.Tensor, format_: Format, input_scale: float | None) -> QuantizedLinear:
+def quantize(
+    weight: torch.Tensor, format_: Format, input_scale: list[float] | None
+) -> QuantizedLinear:
     """Round to nearest."""
     assert format_.weights is not None
     q = affine.quantize_weight(weight.detach(), format_.weights)
-    scale = None if input_scale is None else np.array([input_scale], np.float32)
+    scale = None if input_scale is None else np.array(input_scale, np.float32)
     return QuantizedLinear(q.integers.numpy(), q.scale.numpy(), format_, input_scale=scale)
 
 
@@ -213,27 +215,15 @@ def make_case(directory: Path, recipe: Recipe, tokens: int = 6, **changes: Any) 
     """Quantize ``tiny_llava`` by round to nearest and write its checkpoint with goldens."""
     model, quantized = tiny_llava(**changes), tiny_llava(**changes)
     linears, names = live_linears(quantized), dict(model.named_parameters())
-    # Static input scales: the largest input of each linear over the prompts.
-    largest: dict[str, float] = {}
-
-    def measure(name: str) -> Any:
-        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            largest[name] = max(largest.get(name, 0.0), float(args[0].abs().max()))
-
-        return hook
-
-    hooks = [m.register_forward_pre_hook(measure(n)) for n, m in live_linears(model).items()]
-    for ids, pixels in prompts(model):
-        answer(model, ids, pixels, [0])
-    for hook in hooks:
-        hook.remove()
+    largest = _largest_inputs(model, recipe)
+    modality.follow(quantized, IMAGE_TOKEN)
     writer = CheckpointWriter(directory)
     for name, module in linears.items():
         format_ = recipe.format_of(component_of(name), name)
         if format_.weights is None:
             continue
         static = format_.activations is not None and format_.activations.static
-        scale = float(np.float16(largest[name] / 127)) if static else None
+        scale = [float(np.float16(high / 127)) for high in largest[name]] if static else None
         linear = quantize(module.weight, format_, scale)
         writer.add_linear(component_of(name), name, linear)
         del names[f"{name}.weight"]
@@ -251,11 +241,44 @@ def make_case(directory: Path, recipe: Recipe, tokens: int = 6, **changes: Any) 
     return TinyCase(model, quantized, directory)
 
 
-def _fake_quantizer(format_: Format, scale: float | None) -> Any:
+def _largest_inputs(model: LlavaForConditionalGeneration, recipe: Recipe) -> dict[str, list[float]]:
+    """Largest input of each linear over the prompts; of text and of image tokens where its format
+    tells them apart.
+    """
+    largest: dict[str, list[float]] = {}
+    modality.follow(model, IMAGE_TOKEN)
+
+    def measure(name: str) -> Any:
+        def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            kinds = [args[0]]
+            if _splits(recipe.format_of(component_of(name), name)):
+                image = modality.current(args[0])
+                kinds = [args[0][~image], args[0][image]]
+            before = largest.get(name, [0.0] * len(kinds))
+            found = zip(before, kinds, strict=True)
+            largest[name] = [max(high, float(x.abs().max())) for high, x in found]
+
+        return hook
+
+    hooks = [m.register_forward_pre_hook(measure(n)) for n, m in live_linears(model).items()]
+    for ids, pixels in prompts(model):
+        answer(model, ids, pixels, [0])
+    for hook in hooks:
+        hook.remove()
+    return largest
+
+
+def _splits(format_: Format) -> bool:
+    return format_.activations is not None and format_.activations.granularity == "modality"
+
+
+def _fake_quantizer(format_: Format, scale: list[float] | None) -> Any:
     def hook(_: nn.Module, args: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         assert format_.activations is not None
-        tensor = None if scale is None else torch.tensor([scale])
-        return (affine.fake_quantize_activation(args[0], format_.activations, tensor), *args[1:])
+        tensor = None if scale is None else torch.tensor(scale)
+        image = modality.current(args[0]) if _splits(format_) else None
+        rounded = affine.fake_quantize_activation(args[0], format_.activations, tensor, None, image)
+        return (rounded, *args[1:])
 
     return hook
 

@@ -28,6 +28,8 @@ class GraphBuilder:
         self.name = name
         self.target = target
         self.weights = weights
+        # bool [1, S, 1], True on image tokens; None in a graph whose tokens are of one kind.
+        self.image_tokens: ir.Value | None = None
         self._inputs: list[ir.Value] = []
         self._outputs: list[ir.Value] = []
         self._nodes: list[ir.Node] = []

@@ -1,11 +1,12 @@
 """Linears and their number formats; the only file that creates QuantizeLinear and DequantizeLinear.
 
-Four kinds, chosen per linear by the checkpoint (x [1, S, K], weight stored as [K, N]):
+Five kinds, chosen per linear by the checkpoint (x [1, S, K], weight stored as [K, N]):
 
     float    MatMul(x, W) + b
     INT4     MatMul(x, DequantizeLinear(INT4 W, F[K/block, N], axis=0, block_size)) + b
     token    m = Max(ReduceMax(Abs(x)), eps);  d = DQ(Q(x / m, 1/127), 1/127)
              MatMul(d, DequantizeLinear(INT8 W, s0)) * c[n] * m + b
+    split    as token, with m = Where(image token, 127 image scale, 127 text scale): static
     static   d = DQ(Q(x, input_scale), input_scale);  MatMul(d, DequantizeLinear(INT8 W, s0)) * c[n]
     + b
 
@@ -38,7 +39,8 @@ from qvlm.recipe import named_format
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.weights import Array, lazy_int4, lazy_int8
 
-Kind = Literal["float", "int4", "token", "static"]
+Kind = Literal["float", "int4", "token", "split", "static"]
+INT8_KINDS = ("token", "split", "static")
 # Metadata key of a quantized MatMul: the checkpoint linears inside it, comma separated.
 LINEARS_KEY = "qvlm.linears"
 # Half of float16's range: what a GEMM's result may reach before c[n] and m.
@@ -52,7 +54,7 @@ TOKEN_FLOOR = 1e-4
 @dataclass(frozen=True)
 class LinearPlan:
     """One linear as the graph will have it: weight [out_features, in_features] of the
-    checkpoint.
+    checkpoint. maxima: m of text and of image tokens, kind split only.
     """
 
     name: str
@@ -61,11 +63,12 @@ class LinearPlan:
     in_features: int
     input_scale: float | None = None
     block: int | None = None
+    maxima: tuple[float, float] | None = None
 
     @property
-    def merge_key(self) -> tuple[str, float | None] | None:
+    def merge_key(self) -> tuple[object, ...] | None:
         """Linears of equal key that read the same tensor become one GEMM."""
-        return (self.kind, self.input_scale) if self.kind in ("token", "static") else None
+        return (self.kind, self.input_scale, self.maxima) if self.kind in INT8_KINDS else None
 
 
 def check_deployable(checkpoint: Checkpoint) -> None:
@@ -90,11 +93,13 @@ def _kind(name: str, format_name: str) -> Kind:
         ):
             if activations.granularity == "token":
                 return "token"
+            if activations.granularity == "modality":
+                return "split"
             if activations.granularity == "tensor":
                 return "static"
     raise ExportError(
         f"{name}: format {format_name!r} has no engine, it is simulated in torch only. "
-        "Quantize with a recipe of w4a16, w4a16-g64, w8a8 or w8a8-static."
+        "Quantize with a recipe of w4a16, w4a16-g64, w8a8, w8a8-static or w8a8-split."
     )
 
 
@@ -117,7 +122,10 @@ def plan(b: GraphBuilder, name: str) -> LinearPlan:
     if kind == "int4":
         block = _int4_block(b, name, out_features, in_features)
         return LinearPlan(name, kind, out_features, in_features, block=block)
-    scale = _static_scale(b, name) if kind == "static" else None
+    if kind == "split":
+        text, image = (_checked_scale(b, name, 127.0 * s) for s in _static_scales(b, name, 2))
+        return LinearPlan(name, kind, out_features, in_features, maxima=(text, image))
+    scale = _checked_scale(b, name, _static_scales(b, name, 1)[0]) if kind == "static" else None
     return LinearPlan(name, kind, out_features, in_features, scale)
 
 
@@ -145,7 +153,8 @@ def _int4_block(b: GraphBuilder, name: str, out_features: int, in_features: int)
     return block
 
 
-def _static_scale(b: GraphBuilder, name: str) -> float:
+def _static_scales(b: GraphBuilder, name: str, count: int) -> list[float]:
+    """The stored input scales, ``count`` of them."""
     key = f"{name}.input_scale"
     if key not in b.weights:
         raise ExportError(f"{name}: static activations without {key}. Quantize again.")
@@ -155,11 +164,18 @@ def _static_scale(b: GraphBuilder, name: str) -> float:
             f"{name}: non-zero input zero point; TensorRT takes symmetric INT8 only (rule Q-01)"
         )
     values = b.weights.checkpoint.float_tensor(key)
+    if values.size != count:
+        raise ExportError(f"{name}: {values.size} input scales, expected {count}. Quantize again.")
+    return [float(value) for value in values.reshape(-1)]
+
+
+def _checked_scale(b: GraphBuilder, name: str, value: float) -> float:
+    """The scale as the graph's float type holds it."""
     type_ = b.float_type.numpy()
-    stored = float(values.reshape(-1)[0].astype(type_)) if values.size == 1 else math.nan
+    stored = float(np.array(value).astype(type_)) if abs(value) < math.inf else math.nan
     if not SMALLEST_NORMAL[b.weights.dtype] <= stored < math.inf:
         raise ExportError(
-            f"{name}: input scale {values.reshape(-1)[:3].tolist()}, "
+            f"{name}: input scale {value}, "
             f"expected one normal positive {b.weights.dtype} number. "
             "Calibrate again, or use format w8a8."
         )
@@ -170,17 +186,15 @@ def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value
     """Linears that read the same ``x`` [1, S, K], each to [1, S, N]; INT8 ones of one kind become
     one GEMM.
     """
-    groups: dict[tuple[str, float | None] | str, list[LinearPlan]] = {}
+    groups: dict[tuple[object, ...] | str, list[LinearPlan]] = {}
     for name in names:
         one = plan(b, name)
         groups.setdefault(one.merge_key or name, []).append(one)
     outputs: dict[str, ir.Value] = {}
     for group in groups.values():
         with b.scope("+".join(p.name.rsplit(".", 1)[-1] for p in group)):
-            if group[0].kind in ("token", "static"):
-                parts = _int8(b, x, group)
-            else:
-                parts = [_bias(b, _matmul(b, x, group[0]), group)]
+            lower = _int8 if group[0].kind in INT8_KINDS else _alone
+            parts = lower(b, x, group)
         outputs.update(zip((p.name for p in group), parts, strict=True))
     return [outputs[name] for name in names]
 
@@ -203,6 +217,11 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
             product = _bias(b, _matmul(b, flat, one), [one])
             return b.op("Reshape", product, b.i64(1, -1, one.out_features))
     return linear(b, b.op("Reshape", x, b.i64(0, 0, one.in_features)), name)
+
+
+def _alone(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
+    """A group of one float or INT4 linear."""
+    return [_bias(b, _matmul(b, x, group[0]), group)]
 
 
 def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
@@ -369,9 +388,8 @@ def weight_split(scales: Array, in_features: int, input_scale: float | None) -> 
 def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
     """One integer GEMM for the group, then Split."""
     first = group[0]
-    if first.kind == "token":
-        largest = b.op("ReduceMax", b.op("Abs", x), b.i64(-1), keepdims=1)
-        m = b.op("Max", largest, b.scalar(TOKEN_FLOOR))
+    if first.kind in ("token", "split"):
+        m = _token_maximum(b, x) if first.kind == "token" else _split_maximum(b, first)
         data, scale = b.op("Div", x, m), 1.0 / 127.0
     else:
         assert first.input_scale is not None
@@ -384,6 +402,24 @@ def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.
         return [product]
     sizes = b.i64(*(p.out_features for p in group))
     return list(b.op_many("Split", [product, sizes], len(group), axis=-1))
+
+
+def _token_maximum(b: GraphBuilder, x: ir.Value) -> ir.Value:
+    """m [1, S, 1] of kind token."""
+    largest = b.op("ReduceMax", b.op("Abs", x), b.i64(-1), keepdims=1)
+    return b.op("Max", largest, b.scalar(TOKEN_FLOOR))
+
+
+def _split_maximum(b: GraphBuilder, one: LinearPlan) -> ir.Value:
+    """m [1, S, 1] of kind split."""
+    assert one.maxima is not None
+    if b.image_tokens is None:
+        raise ExportError(
+            f"{one.name}: its format tells image tokens from text, but graph {b.name} has one kind. "
+            "Quantize it as w8a8-static."
+        )
+    text, image = one.maxima
+    return b.op("Where", b.image_tokens, b.scalar(image), b.scalar(text))
 
 
 def _round_trip(b: GraphBuilder, x: ir.Value, scale: float) -> ir.Value:

@@ -1,11 +1,22 @@
-"""METHODS: the name in a recipe -> the method. The contract is ``qvlm.methods.method``."""
+"""METHODS and TRANSFORMS: the name in a recipe -> the method or transform. The contracts are in
+``qvlm.methods.method``.
+"""
 
 from __future__ import annotations
 
-from qvlm.methods import gptaq, gptq, q_vlm, rtn, vlmq
-from qvlm.methods.method import Block, BlockResult, Context, Method, State
+from qvlm.methods import awq, gptaq, gptq, q_vlm, rotate, rtn, smoothquant, vlmq
+from qvlm.methods.method import Block, BlockResult, Context, Method, State, Transform
 
-__all__ = ["METHODS", "Block", "BlockResult", "Context", "Method", "State"]
+__all__ = [
+    "METHODS",
+    "TRANSFORMS",
+    "Block",
+    "BlockResult",
+    "Context",
+    "Method",
+    "State",
+    "Transform",
+]
 
 METHODS: dict[str, Method] = {
     "rtn": rtn.RoundToNearest(),
@@ -13,4 +24,14 @@ METHODS: dict[str, Method] = {
     "gptaq": gptaq.Gptaq(),
     "vlmq": vlmq.Vlmq(),
     "q-vlm": q_vlm.QVlm(),
+    "awq": awq.ClipSearch(awq.OPTIONS),
+    "mbq": awq.ClipSearch(awq.BALANCED),
+    "smoothquant": rtn.RoundToNearest(),
+}
+
+TRANSFORMS: dict[str, Transform] = {
+    "rotate": rotate.Rotate(),
+    "awq": awq.ScaleSearch(awq.OPTIONS),
+    "mbq": awq.ScaleSearch(awq.BALANCED),
+    "smoothquant": smoothquant.Smoothing(),
 }

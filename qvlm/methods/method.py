@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from qvlm.capture import Sample, Stream
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.models.adapter import Adapter
+from qvlm.progress import Progress
 from qvlm.recipe import Format, Recipe
 
 # What ``prepare`` found, by name; kept in the work directory so that a resumed run does not prepare again.
@@ -114,4 +115,23 @@ class Method(Protocol):
 
     def quantize_block(self, block: Block, recipe: Recipe, state: State) -> BlockResult:
         """Integers for every linear of ``block.linears``. The modules must be float again on return."""
+        ...
+
+
+class Transform(Protocol):
+    """An equivalent change of the float model before a method (``qvlm.transform``). Deterministic like a method."""
+
+    # Options a recipe may give it, with their defaults.
+    options: Mapping[str, Any]
+
+    def check(self, model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
+        """RecipeError for a model (maybe without weights) or options it cannot work with."""
+        ...
+
+    def find(self, context: Context, progress: Progress) -> State:
+        """The decisions, from the model as earlier transforms left it; the model's weights stay as found."""
+        ...
+
+    def apply(self, context: Context, state: State) -> dict[str, Any]:
+        """Change ``context.model`` in place by ``find``'s decisions; the report (JSON values)."""
         ...

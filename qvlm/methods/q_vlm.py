@@ -132,6 +132,16 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
     return options
 
 
+def _refuse_split(context: Context) -> None:
+    for formats in context.formats.values():
+        for name, format_ in formats.items():
+            if format_.activations is not None and format_.activations.granularity == "modality":
+                raise RecipeError(
+                    f"{name}: q-vlm searches one range per input, format {format_.name!r} has one for each kind of "
+                    "token. Use another method or format."
+                )
+
+
 class QVlm:
     """The method ``q-vlm``; see the module docstring."""
 
@@ -142,6 +152,7 @@ class QVlm:
         partition.
         """
         options = resolved(context.recipe)
+        _refuse_split(context)
         state: dict[str, npt.NDArray[Any]] = {}
         roundings = _initial_roundings(context, "vision", options)
         simulated: dict[str, Rounding] = {}

@@ -82,7 +82,7 @@ def input_ranges(block: Block, index: int, hidden: list[Tensor]) -> dict[str, Ac
         for name, x in seen.items():
             activations = block.formats[name].activations
             assert activations is not None
-            found = affine.activation_range(x, activations)
+            found = affine.activation_range(x, activations, block.image_masks[sample])
             ranges[name] = found.union(ranges[name]) if name in ranges else found
     return ranges
 

@@ -128,7 +128,8 @@ class StagedLayer:
                 )
             for key, name in {keys[name]: name for name in names}.items():
                 c = None if weights is None else weights[name][sample]
-                shared[key].add(self._rounded(name, quant[name]), target.get(name), c)
+                u = self._rounded(name, quant[name], block.image_masks[sample])
+                shared[key].add(u, target.get(name), c)
         return {name: shared[keys[name]] for name in names}
 
     def _find_ranges(self, names: Sequence[str]) -> None:
@@ -146,12 +147,12 @@ class StagedLayer:
             return scheme, None, None
         return (scheme, *affine.activation_parameters(found.low, found.high, scheme))
 
-    def _rounded(self, name: str, x: Tensor) -> Tensor:
+    def _rounded(self, name: str, x: Tensor, image: Tensor) -> Tensor:
         """The linear's input as the quantized model sees it."""
         scheme, scale, zero_point = self._parameters(name)
         if scheme is None:
             return x
-        return affine.fake_quantize_activation(x, scheme, scale, zero_point)
+        return affine.fake_quantize_activation(x, scheme, scale, zero_point, image)
 
     def finish(self, name: str, weight: QuantizedWeight) -> None:
         """Give linear ``name`` its integers; later statistics see them."""

@@ -16,13 +16,47 @@ from qvlm.errors import CheckpointError
 
 
 @dataclass(frozen=True)
+class ScalePair:
+    """A scale per channel of what ``targets`` read folds here: into their columns, and its inverse into ``source``.
+
+    Paths are relative to each layer of ``component``; a leading "/" makes one a full module name, "" is the layer.
+    source: a norm (gain and bias) or a linear (rows and bias) whose output reaches the targets through operations
+    that commute with a scale per channel only. owner: the module whose output error judges a candidate scale.
+    values: the source is an attention's value projection, the target what reads its heads; query heads that share a
+    value head share its scales.
+    """
+
+    component: str
+    source: str
+    targets: tuple[str, ...]
+    owner: str
+    values: bool = False
+
+
+@dataclass(frozen=True)
+class Residual:
+    """A decoder's residual stream behind RMSNorms without bias, so that a rotation of it passes them.
+
+    embedding: full name of the token embedding; entries: full names of linears outside the decoder whose outputs
+    enter the stream; writers: paths in each layer of linears that add to it. What reads the stream are the targets of
+    the text and head pairs whose source is a norm.
+    """
+
+    embedding: str
+    entries: tuple[str, ...]
+    writers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Adapter:
     """Architecture facts. Paths are module names in the tree that transformers builds.
 
     vision_layers and text_layers name the ModuleLists of repeated layers; projector and head name single modules,
     each treated as a component of one layer. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
     many vision layers (from the first) reach the language model; later ones are dead, not quantized and not exported.
-    ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized.
+    ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized. scale_pairs:
+    where channel scales fold; ``unfolded`` maps patterns of the linears without a pair to the reason. head_dim(config,
+    component): width of an attention head. residual: None where no rotation folds.
     """
 
     model_type: str
@@ -33,7 +67,11 @@ class Adapter:
     image_token_id: Callable[[Any], int]
     image_tokens: Callable[[Any], int]
     live_vision_layers: Callable[[Any], int]
+    head_dim: Callable[[Any, str], int]
     keep_float: Mapping[str, str] = field(default_factory=dict)
+    scale_pairs: tuple[ScalePair, ...] = ()
+    unfolded: Mapping[str, str] = field(default_factory=dict)
+    residual: Residual | None = None
 
     def layer_names(self, model: nn.Module, component: str) -> tuple[str, ...]:
         """Full names of a component's layers in the order they run; CheckpointError if the module tree differs."""

@@ -162,7 +162,7 @@ def test_projection_behind_attention_equals_the_plain_one(
     np.testing.assert_array_equal(joined[name], plain)
 
 
-@pytest.mark.parametrize("recipe", ["w4a16", "w4a16-g64", "w8a8", "w8a8-static"])
+@pytest.mark.parametrize("recipe", ["w4a16", "w4a16-g64", "w8a8", "w8a8-static", "w8a8-split"])
 @pytest.mark.parametrize("target", ["ort", "jetpack6"])
 def test_dequantized_weights_are_the_checkpoints_bit_for_bit(
     built: Callable[..., Any], recipe: str, target: str

@@ -90,7 +90,9 @@ def test_missing_wheels_are_one_line(
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("recipe", ["float", "w4a16", "w4a16-g64", "w8a8", "w8a8-static"])
+@pytest.mark.parametrize(
+    "recipe", ["float", "w4a16", "w4a16-g64", "w8a8", "w8a8-static", "w8a8-split"]
+)
 def test_every_graph_compiles_with_its_integers(
     compiler: None, built: Callable[..., Any], recipe: str
 ) -> None:

@@ -26,7 +26,7 @@ from qvlm_export.package import add_runtime_files, write_manifest
 from qvlm_export.targets import named_target
 from qvlm_export.verify import FUSED, verify_folder, verify_graphs, verify_target
 
-RECIPES = ("float", "w4a16", "w4a16-g64", "w8a8", "w8a8-static")
+RECIPES = ("float", "w4a16", "w4a16-g64", "w8a8", "w8a8-static", "w8a8-split")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)

@@ -1,0 +1,65 @@
+"""Equivalent changes of the float model before a method sees it: what ``transforms`` in a recipe names.
+
+A transform changes float tensors (norm gains and biases, weights of linears and embeddings) so that the model
+computes the same function and its integers lose less. What it decided is a few small arrays (scales, signs); applying
+them is deterministic, so an interrupted run is resumed from the arrays and no changed weight is kept on disk. The
+method named like a transform (``awq``, ``mbq``, ``smoothquant``) begins with it; any method can follow any transform:
+
+    {"method": "gptq", "transforms": ["rotate", "awq"], ...}
+
+The contract is ``qvlm.methods.method.Transform``; this file knows the order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+
+from qvlm.errors import RecipeError
+from qvlm.methods import TRANSFORMS
+from qvlm.methods.method import Context, State
+from qvlm.models.adapter import Adapter
+from qvlm.progress import Progress, silent
+from qvlm.recipe import Recipe
+
+
+def chosen(recipe: Recipe) -> tuple[str, ...]:
+    """Names of the transforms a recipe asks for, in order: its own, then the method's."""
+    own = recipe.transforms
+    return (
+        (*own, recipe.method) if recipe.method in TRANSFORMS and recipe.method not in own else own
+    )
+
+
+def check(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
+    """RecipeError for an unknown or repeated transform, or one that this model or these options do not allow."""
+    names = chosen(recipe)
+    for name in names:
+        if name not in TRANSFORMS:
+            raise RecipeError(f"transform {name!r} is unknown. Known: {', '.join(TRANSFORMS)}.")
+        if names.count(name) > 1:
+            raise RecipeError(f"transform {name!r} is given twice. Give it once.")
+    for name in names:
+        TRANSFORMS[name].check(model, adapter, recipe)
+
+
+def transform(
+    context: Context,
+    load: Callable[[str], State | None] = lambda name: None,
+    save: Callable[[str, State], None] = lambda name, state: None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Change ``context.model`` in place by every transform of its recipe; what each reports, by name.
+
+    load and save keep each transform's decisions by name, so that none is made twice.
+    """
+    report: dict[str, Any] = {}
+    for name in chosen(context.recipe):
+        state = load(name)
+        if state is None:
+            state = TRANSFORMS[name].find(context, progress)
+            save(name, state)
+        report[name] = TRANSFORMS[name].apply(context, state)
+    return report
