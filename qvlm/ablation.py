@@ -27,8 +27,7 @@ from torch import Tensor, nn
 
 from qvlm import entropy, fakequant
 from qvlm.capture import Sample, capture_stream
-from qvlm.checkpoint import QuantizedLinear, dump_json, load_json
-from qvlm.errors import CalibrationError
+from qvlm.checkpoint import QuantizedLinear
 from qvlm.job import Job, propagate
 from qvlm.judge import Judge
 from qvlm.methods import METHODS, Context, Method, State
@@ -37,6 +36,7 @@ from qvlm.methods.q_vlm import PARTITIONS, resolved
 from qvlm.models.adapter import Adapter
 from qvlm.plan import resolve
 from qvlm.recipe import Recipe
+from qvlm.results import Results
 
 log = logging.getLogger(__name__)
 
@@ -112,31 +112,6 @@ class Case:
     results: Path | None
     identity: Json
     progress: Callable[[str], None]
-
-
-class Results:
-    """Rows by key, saved after each; rows of another identity are refused."""
-
-    def __init__(self, path: Path | None, identity: Json) -> None:
-        self.path, self.identity, self.rows = path, identity, list[Json]()
-        if path is not None and path.exists():
-            data = load_json(path)
-            if data.get("identity") != identity:
-                raise CalibrationError(
-                    f"{path}: results of other settings ({data.get('identity')}, now {identity}). "
-                    "Give another file, or remove it."
-                )
-            self.rows = data["rows"]
-
-    def find(self, key: Json) -> Json | None:
-        """The row with these values, if it was measured."""
-        return next((r for r in self.rows if all(r.get(k) == v for k, v in key.items())), None)
-
-    def add(self, row: Json) -> None:
-        """Keep and save a row."""
-        self.rows.append(row)
-        if self.path is not None:
-            dump_json(self.path, {"identity": self.identity, "rows": self.rows})
 
 
 def ablate(case: Case, recipes: Mapping[str, Recipe]) -> list[Json]:

@@ -2,7 +2,7 @@
 
 1. Check source and recipe (``plan.resolve``), load the model, build the samples.
 2. Float goldens, and the float hidden states that enter each component, while the model is still float.
-3. The method prepares, then for vision, projector, text, head: it cuts the layers into blocks and turns each block
+3. The method prepares, then embeddings are rounded (``embedding``), then for vision, projector, text, head: it cuts the layers into blocks and turns each block
    into integers, given the float stream and the quantized stream that enter it. The block is replaced by its
    simulation; both streams go on to the next. Each finished block is saved.
 4. Goldens of the quantized model; checkpoint; rename.
@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qvlm import fakequant
+from qvlm import embedding, fakequant
 from qvlm.capture import Sample, Stream, build_sample, capture_inputs, capture_stream
 from qvlm.checkpoint import Array, CheckpointWriter, Golden, QuantizedLinear, write_goldens
 from qvlm.data import Question, calibration
@@ -32,7 +32,7 @@ from qvlm.methods import METHODS, Block, Context, State
 from qvlm.models.adapter import Adapter
 from qvlm.plan import Formats, Plan, plan, resolve
 from qvlm.progress import Progress, silent
-from qvlm.recipe import COMPONENTS, Recipe
+from qvlm.recipe import COMPONENTS, EMBEDDING, Recipe
 from qvlm.source import Loaded, Source, load, open_source, skeleton
 from qvlm.workdir import WorkDirectory, digest
 
@@ -82,7 +82,7 @@ def quantize(
     run = _Run(source, loaded, recipe, formats, progress)
     prompts = run.golden_prompts(chosen, goldens)
     samples = build_samples(loaded, source.adapter, chosen, progress)
-    work.begin(_identity(source, recipe, samples, len(prompts)))
+    work.begin(identity(source, recipe, samples, len(prompts)))
     float_sides = run.float_goldens(prompts)
     report = run.quantize_components(samples, work)
     directory = work.checkpoint()
@@ -113,7 +113,7 @@ def build_samples(
     return samples
 
 
-def _identity(source: Source, recipe: Recipe, samples: Sequence[Sample], goldens: int) -> str:
+def identity(source: Source, recipe: Recipe, samples: Sequence[Sample], goldens: int) -> str:
     """Digest of all that decides the result."""
     from qvlm import __version__
 
@@ -212,6 +212,12 @@ class _Run:
             context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
             state = self.method.prepare(context)
             work.save_arrays("prepared", state)
+        # After ``prepare``, which looks at the float model, and before the first quantized stream.
+        embedded = embedding.quantize(
+            self.model, embedding.resolve(self.model, self.adapter, self.recipe), samples
+        )
+        embedding.apply(self.model, embedded)
+        self.linears.update({name: (EMBEDDING, one) for name, one in embedded.items()})
         report: dict[str, Any] = {"name": self.recipe.method, "components": {}}
         for component in COMPONENTS:
             if component in streams:

@@ -47,7 +47,7 @@ class GraphFacts:
     """One graph file: node count, bytes with external data, integer products.
 
     layers: transformer layers. roundings: nodes that round their result. depths: contraction
-    lengths of all products, summed.
+    lengths of all products, summed. tables: quantized tables that are looked up.
     """
 
     name: str
@@ -57,6 +57,7 @@ class GraphFacts:
     layers: int
     roundings: int
     depths: int
+    tables: tuple[str, ...] = ()
 
     def elements(self, dtype: str) -> int:
         """Integer weight elements of one type."""
@@ -68,8 +69,8 @@ class GraphFacts:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Checkpoint linears inside the integer products."""
-        return tuple(name for p in self.products for name in p.linears)
+        """Checkpoint linears inside the integer products, and quantized tables."""
+        return (*(name for p in self.products for name in p.linears), *self.tables)
 
 
 def graph_facts(path: Path) -> GraphFacts:
@@ -88,6 +89,7 @@ def graph_facts(path: Path) -> GraphFacts:
         len({m[1] for node in nodes if (m := _LAYER.search(str(node.name)))}),
         sum(node.op_type not in _EXACT for node in nodes),
         sum(_depth(node) for node in nodes),
+        tuple(name for node in nodes if (name := _table(node))),
     )
 
 
@@ -110,6 +112,11 @@ def _depth(node: ir.Node) -> int:
         return _ATTENTION_DEPTH
     shape = weight.shape.numpy()
     return prod(shape[1:]) if node.op_type == "Conv" else shape[0]
+
+
+def _table(node: ir.Node) -> str:
+    """The checkpoint's name of the quantized table a Gather reads, "" for other nodes."""
+    return node.metadata_props.get(LINEARS_KEY, "") if node.op_type == "Gather" else ""
 
 
 def _product(node: ir.Node) -> Product | None:

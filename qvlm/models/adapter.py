@@ -22,6 +22,7 @@ class Adapter:
     vision_layers and text_layers name the ModuleLists of repeated layers; projector and head name single modules,
     each treated as a component of one layer. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
     many vision layers (from the first) reach the language model; later ones are dead, not quantized and not exported.
+    ``embeddings`` names what turns tokens and pixels into hidden states: nn.Embedding or nn.Conv2d without bias.
     ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized.
     """
 
@@ -33,6 +34,7 @@ class Adapter:
     image_token_id: Callable[[Any], int]
     image_tokens: Callable[[Any], int]
     live_vision_layers: Callable[[Any], int]
+    embeddings: tuple[str, ...] = ()
     keep_float: Mapping[str, str] = field(default_factory=dict)
 
     def layer_names(self, model: nn.Module, component: str) -> tuple[str, ...]:

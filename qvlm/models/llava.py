@@ -32,4 +32,8 @@ ADAPTER = Adapter(
     image_token_id=_image_token_id,
     image_tokens=_image_tokens,
     live_vision_layers=_live_vision_layers,
+    embeddings=(
+        "model.language_model.embed_tokens",
+        "model.vision_tower.embeddings.patch_embedding",
+    ),
 )
