@@ -10,8 +10,8 @@ It assumes that divergences add; ``qvlm sensitivity`` measures the result and pr
 3. The last state of the last front is the optimum; its choices are followed back.
 
 This is exact. Layers of equal shape make equal byte counts, so the front of a 7B model has thousands of states, not
-4^60. Should it pass ``LIMIT``, it is thinned to the best state of each of ``LIMIT`` equal intervals of bytes: the result
-still keeps the budget, and its distance from the optimum is at most ``kl - bound``, with the Lagrangian bound
+4^60. Should it pass ``LIMIT``, it is thinned to the best state of each of ``LIMIT`` equal intervals of bytes: the
+result still keeps the budget, and is within ``kl - bound`` of the optimum, with the Lagrangian bound
 
     max over m >= 0 of  sum_u min_f (kl[u, f] + m bytes[u, f]) - m budget
 

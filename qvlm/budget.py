@@ -1,4 +1,4 @@
-"""From measured sensitivities and a budget to a plain recipe: the allocation, and its rules as a person would write them.
+"""From measured sensitivities and a budget to a plain recipe, its rules written as a person would write them.
 
 The budget is of the whole model: integers and scales of everything quantized, and what stays float (norms, biases,
 embeddings and head unless they are quantized) at 16 bit.
@@ -51,7 +51,7 @@ def parse_bytes(text: str) -> int:
 
 @dataclass(frozen=True)
 class Solution:
-    """A recipe within a budget. kl: predicted, the sum of the single ones; bound: none within the budget predicts less."""
+    """A recipe within a budget. kl: predicted, the sum of single divergences; no recipe within predicts below bound."""
 
     recipe: Recipe
     nbytes: int
@@ -140,7 +140,7 @@ def rules(units: Sequence[Unit], formats: Mapping[str, str]) -> tuple[LayerRule,
 
 
 def patterns(keys: Sequence[str]) -> list[str]:
-    """fnmatch patterns for numbered names: ``layers.3``, ``layers.4``, ``layers.12`` as ``layers.[3-4]``, ``layers.12``."""
+    """fnmatch patterns of numbered names: layers.3, layers.4, layers.12 become layers.[3-4], layers.12."""
     runs: list[list[Any]] = []  # prefix with the tens, first and last digit
     for key in keys:
         match = _NUMBERED.match(key)

@@ -381,7 +381,7 @@ def add_sensitivity_argument(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> Json:
-    from qvlm.sensitivity_run import Settings, SensitivityRun
+    from qvlm.sensitivity_run import SensitivityRun, Settings
 
     settings = Settings(
         tuple(arguments.formats),

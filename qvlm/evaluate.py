@@ -271,8 +271,8 @@ class Size:
 def sizes(checkpoint: Checkpoint) -> list[Size]:
     """Bytes as deployed, a row per component's linear weights, then "other" and "total".
 
-    Float tensors count 16 bit; "other" holds norms, biases, position tables and embeddings that stayed float, "head" the
-    output matrix.
+    Float tensors count 16 bit; "other" holds norms, biases, position tables and the embeddings that stayed float,
+    "head" the output matrix.
     """
     owners = {f"{name}.weight": part for name, part in checkpoint.float_linears.items()}
     parameters: dict[str, int] = defaultdict(int)

@@ -2,9 +2,9 @@
 
 1. Check source and recipe (``plan.resolve``), load the model, build the samples.
 2. Float goldens, and the float hidden states that enter each component, while the model is still float.
-3. The method prepares, then embeddings are rounded (``embedding``), then for vision, projector, text, head: it cuts the layers into blocks and turns each block
-   into integers, given the float stream and the quantized stream that enter it. The block is replaced by its
-   simulation; both streams go on to the next. Each finished block is saved.
+3. The method prepares; embeddings are rounded (``embedding``). Then for vision, projector, text, head the method cuts
+   the layers into blocks and turns each block into integers, given the float stream and the quantized stream that
+   enter it. The block is replaced by its simulation; both streams go on to the next. Each finished block is saved.
 4. Goldens of the quantized model; checkpoint; rename.
 
 Everything is deterministic in (source, recipe, samples): the same run gives the same bytes, and so does an
