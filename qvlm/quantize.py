@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm import embedding, fakequant
+from qvlm.block_report import describe
 from qvlm.capture import Sample, Stream, build_sample, capture_inputs, capture_stream
 from qvlm.checkpoint import Array, CheckpointWriter, Golden, QuantizedLinear, write_goldens
 from qvlm.data import Question, calibration
@@ -218,7 +219,11 @@ class _Run:
         )
         embedding.apply(self.model, embedded)
         self.linears.update({name: (EMBEDDING, one) for name, one in embedded.items()})
-        report: dict[str, Any] = {"name": self.recipe.method, "components": {}}
+        report: dict[str, Any] = {
+            "name": self.recipe.method,
+            "components": {},
+            "versions": _versions(),
+        }
         for component in COMPONENTS:
             if component in streams:
                 rows = self._component(streams.pop(component), samples, state, work)
@@ -274,8 +279,9 @@ class _Run:
         result = self.method.quantize_block(block, self.recipe, state)
         if result.linears.keys() != block.linears.keys():
             raise RuntimeError(f"method {self.recipe.method!r} left linears of {key} out")
-        work.save_block(*key, result.linears, result.report)
-        return result.linears, result.report
+        report = {**result.report, "measured": describe(block, result.linears, self.recipe)}
+        work.save_block(*key, result.linears, report)
+        return result.linears, report
 
     # -- result
 
@@ -309,6 +315,16 @@ class _Run:
         tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
         skipped = replaced | ({f"{self.adapter.head}.weight"} if tied else set())
         return [(n, t) for n, t in self.model.state_dict().items() if n not in skipped]
+
+
+def _versions() -> dict[str, str]:
+    """What a result depends on besides the code here."""
+    import transformers
+
+    from qvlm import __version__
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"qvlm": __version__, "numpy": np.__version__, **versions}
 
 
 def _check_partition(blocks: Sequence[tuple[int, int]], layers: int, method: str) -> None:
