@@ -4,6 +4,7 @@
     qvlm-export verify OUT       replay the goldens through ONNX Runtime
     qvlm-export check OUT|FILE   TensorRT's rules, without TensorRT
     qvlm-export build OUT        engines with TensorRT for RTX, for the GPU generations named
+    qvlm-export report OUT       draw report.html again, with a comparison's rows
     qvlm-export targets          the table of targets
 
 Exit 0 done, 1 failed (one line on stderr), 2 usage.
@@ -20,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qvlm.budget import Budget, parse_bytes
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
@@ -73,7 +75,10 @@ def _export_parser() -> Command:
     add = parser.add_argument
     add("source", metavar="SRC", help='HF directory, hub id, quantized checkpoint, or "demo"')
     add(
-        "out", metavar="OUT", type=Path, help="folder to write; also: verify, check, build, targets"
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="folder to write; also: verify, check, build, report, targets",
     )
     add("--target", action="append", choices=list(TARGETS), help="default ort; may be repeated")
     add(
@@ -90,6 +95,22 @@ def _export_parser() -> Command:
     )
     add("--samples", type=int, metavar="N", help="calibration samples (default 64)")
     add("--seed", type=int, metavar="S", help="draw of the calibration samples (default 0)")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument(
+        "--max-bits-per-weight",
+        type=float,
+        metavar="X",
+        help="whole model: the best recipe within, by measured sensitivities",
+    )
+    budget.add_argument(
+        "--max-memory", type=parse_bytes, metavar="BYTES", help="the same in bytes: 900MB, 1.5GB"
+    )
+    add(
+        "--sensitivity",
+        type=Path,
+        metavar="FILE",
+        help="of `qvlm sensitivity`; measured first if absent (OUT.sensitivity.json)",
+    )
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
     add(
         "--sm",
@@ -103,26 +124,44 @@ def _export_parser() -> Command:
         action="store_true",
         help="keep OUT.checkpoint, the quantized checkpoint",
     )
+    _add_compare(parser)
     add("--resume", action="store_true", help="continue an interrupted export")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add("--dry-run", action="store_true", help="print the plan: layers, bits, bytes, peak memory")
     return parser, _export
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
+    """The recipe by its name or file, or the best one within the budget, under what the arguments override."""
     recipe = load_recipe(args.recipe)
     method = args.method or ("q-vlm" if args.recipe in RECIPES else None)
     given = {"method": method, "samples": args.samples, "seed": args.seed}
-    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if args.max_bits_per_weight is None and args.max_memory is None:
+        return recipe
+    from qvlm.sensitivity_run import Settings, recipe_within
+    from qvlm_export.pipeline import is_quantized
+
+    if is_quantized(args.source):
+        raise ExportError(f"{args.source}: already quantized, a budget cannot change it.")
+    budget = Budget(args.max_bits_per_weight, args.max_memory)
+    file = args.sensitivity or args.out.with_name(args.out.name + ".sensitivity.json")
+    blocks = max(TARGETS[name].int4_blocks for name in targets)
+    settings = Settings(calib=args.calib, int4_blocks=blocks)
+    found = recipe_within(args.source, recipe, budget, file, settings, reporter())
+    print(f"{found.bits_per_weight:.3f} bits per weight, KL {found.kl:.2e} predicted")
+    return found.recipe
 
 
 def _export(args: argparse.Namespace) -> Answer:
     from qvlm_export.pipeline import Request, export
 
+    comparison = _comparison(args)
+    targets = tuple(dict.fromkeys(args.target or ["ort"]))
     request = Request(
         args.source,
-        _recipe(args),
-        tuple(dict.fromkeys(args.target or ["ort"])),
+        _recipe(args, targets),
+        targets,
         args.calib,
         args.max_context,
         tuple(args.sm or ()),
@@ -137,6 +176,7 @@ def _export(args: argparse.Namespace) -> Answer:
         resume=args.resume,
         overwrite=args.overwrite,
         keep_checkpoint=args.keep_checkpoint,
+        comparison=comparison,
         progress=reporter(),
     )
     for row in result.report.components:
@@ -256,6 +296,33 @@ def _build(args: argparse.Namespace) -> Answer:
     return 0, {"engines": [asdict(row) for row in rows]}
 
 
+def _report_parser() -> Command:
+    parser = _parser("report", "Draw an exported folder's report.html again.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder written by qvlm-export")
+    _add_compare(parser)
+    return parser, _report
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="rows of `qvlm compare` to draw in the report"
+    )
+
+
+def _comparison(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from qvlm_export.report import read_comparison
+
+    return read_comparison(args.compare) if args.compare else []
+
+
+def _report(args: argparse.Namespace) -> Answer:
+    from qvlm_export.package import redraw_report
+
+    report = redraw_report(args.out, _comparison(args))
+    print(f"{len(report.comparison)} rows compared; report: {args.out / 'report.html'}")
+    return 0, {"report": str(args.out / "report.html"), "rows": len(report.comparison)}
+
+
 def _targets_parser() -> Command:
     return _parser("targets", "Print the table of targets."), _targets
 
@@ -272,5 +339,6 @@ _COMMANDS: dict[str, Callable[[], Command]] = {
     "verify": _verify_parser,
     "check": _check_parser,
     "build": _build_parser,
+    "report": _report_parser,
     "targets": _targets_parser,
 }
