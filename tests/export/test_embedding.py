@@ -6,7 +6,6 @@ Run: python -m pytest tests/export/test_embedding.py -q
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from safetensors.numpy import load_file, save_file
-from tiny_source import tiny_questions, write_tiny_source
+from tiny_source import tiny_questions
 
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError, VerificationError
@@ -86,10 +85,10 @@ def test_a_damaged_row_is_noticed(checkpoint: Checkpoint, tmp_path: Path) -> Non
         verify_target(tmp_path / "out", spec, changed, silent)
 
 
-def test_pixels_that_no_patch_covers_are_refused(tmp_path: Path) -> None:
+def test_pixels_that_no_patch_covers_are_refused(checkpoint: Checkpoint, tmp_path: Path) -> None:
     """A convolution ignores them, the reshaped form cannot."""
-    source = write_tiny_source(tmp_path / "source", vision_image_size=28)
-    recipe = replace(RECIPE, rules=RECIPE.rules[1:2])
-    folder = quantize(str(source), tmp_path / "c", recipe, questions=tiny_questions(2), goldens=1)
+    changed = Checkpoint(checkpoint.directory)
+    vision = {**changed.config["vision_config"], "image_size": 28}
+    changed.config = {**changed.config, "vision_config": vision}
     with pytest.raises(ExportError, match="image_size 28 is no multiple of patch_size 8"):
-        build(Checkpoint(folder), named_target("ort"), tmp_path / "out", None, silent)
+        build(changed, named_target("ort"), tmp_path / "out", None, silent)

@@ -31,7 +31,7 @@ TRIED = [
 
 def measured(layers: list[int], scale: float, text: bool) -> dict[str, Any]:
     kinds = ("image", "text") if text else ("image",)
-    channels = [[17, 50.0 * scale], [3, 1.5 * scale]]
+    channels = [[17, 50.0 * scale], [3, 1.5]]
     found = {"median": 1.0, "largest": 50.0 * scale, "channels": channels}
     return {
         "layers": layers,
