@@ -95,6 +95,11 @@ def _columns(drawing: Drawing, places: Sequence[tuple[str, int]], top: float, lo
     return step
 
 
+def _aside(kinds: Json, side: int, step: float) -> float:
+    """How far from the middle of its column a mark stands: image and text side by side, one alone in the middle."""
+    return (side - 0.5) * min(14.0, step / 2) if all(kind in kinds for kind in KINDS) else 0.0
+
+
 def _errors(rows: Sequence[tuple[str, Json]]) -> str:
     places = [(component, int(row["layers"][0])) for component, row in rows]
     drawing = Drawing(300, "error of each block before and after the method, image and text apart")
@@ -117,7 +122,7 @@ def _errors(rows: Sequence[tuple[str, Json]]) -> str:
             before, after = (errors[name].get(kind, 0.0) for name in ("nearest", "final"))
             if before <= 0 or after <= 0:
                 continue
-            x = LEFT + step * (k + 0.5) + (side - 0.5) * min(12.0, step / 2)
+            x = LEFT + step * (k + 0.5) + _aside(errors["final"], side, step)
             start, stop = row["layers"]
             tip = f"{component} {start} to {stop - 1}, {kind}: {number(before)} → {number(after)}"
             drawing.line(x, axis(before), x, axis(after), f"line {colour}")
@@ -163,7 +168,7 @@ def _ranges(rows: Sequence[tuple[str, Json]]) -> str:
         for side, (kind, colour) in enumerate(KINDS.items()):
             if kind not in row or row[kind]["median"] <= 0:
                 continue
-            x = LEFT + step * (k + 0.5) + (side - 0.5) * min(14.0, step / 2)
+            x = LEFT + step * (k + 0.5) + _aside(row, side, step)
             found = row[kind]
             drawing.line(x, axis(found["median"]), x, axis(found["largest"]), f"line {colour}")
             drawing.line(

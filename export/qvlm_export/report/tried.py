@@ -21,10 +21,14 @@ def tried_section(rows: Sequence[Json]) -> list[str]:
         return []
     reference = next((row for row in rows if row["method"] == FLOAT), None)
     methods = list(dict.fromkeys(str(row["method"]) for row in tried))
-    colours = {name: f"c{k % COLOURS}" for k, name in enumerate(methods)}
+    # Filled, then hollow: twice as many methods as colours can be told apart.
+    colours = {
+        name: f"{('seen', 'hollow')[k // COLOURS % 2]} c{k % COLOURS}"
+        for k, name in enumerate(methods)
+    }
     parts = [
         "<h2>What was tried: accuracy against bits per weight</h2>",
-        '<p class="sub">A dot per method, format and draw; bits count the whole model, scales included.</p>',
+        '<p class="sub">A dot per method, format and draw, methods side by side; bits count the whole model.</p>',
     ]
     if all("exact_match" in row for row in tried):
         parts.append(_scatter(tried, colours, "exact_match", reference))
@@ -40,7 +44,7 @@ def _scatter(rows: Sequence[Json], colours: Mapping[str, str], key: str, line: J
     drawing = Drawing(top + 250, f"{key} against bits per weight")
     for k, names in enumerate(lines):
         drawing.legend([(colours[name], name) for name in names], 16 + 22 * k)
-    wide = Axis.linear([row["bits_per_weight"] for row in rows], LEFT + 10, RIGHT - 10)
+    wide = Axis.linear([row["bits_per_weight"] for row in rows], LEFT + 50, RIGHT - 50)
     values = [row[key] for row in rows]
     if key == "kl":
         high = Axis.logarithmic(values, top + 200, top)
@@ -54,10 +58,13 @@ def _scatter(rows: Sequence[Json], colours: Mapping[str, str], key: str, line: J
     for tick in wide.ticks:
         drawing.label(wide(tick), top + 220, number(tick), "middle", "soft")
     drawing.label((LEFT + RIGHT) / 2, top + 240, "bits per weight", "middle", "soft")
+    names = list(colours)
     for row in rows:
+        # Methods of one format have the same bits: side by side, so that all can be seen.
+        aside = (names.index(str(row["method"])) - (len(names) - 1) / 2) * min(9, 90 / len(names))
         tip = f"{row['method']} {row['format']}: {number(row['bits_per_weight'])} bits, {key} {number(row[key])}"
-        at = wide(row["bits_per_weight"]), high(row[key])
-        drawing.dot(*at, f"seen {colours[str(row['method'])]}", tip, 5)
+        at = wide(row["bits_per_weight"]) + aside, high(row[key])
+        drawing.dot(*at, colours[str(row["method"])], tip, 5)
     return drawing.markup()
 
 
