@@ -6,10 +6,12 @@ embeddings and head unless they are quantized) at 16 bit.
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvlm.allocation import Choice, allocate
@@ -47,6 +49,43 @@ def parse_bytes(text: str) -> int:
     if found is None:
         raise ValueError(text)
     return int(float(found[1]) * _BYTES[found[2]])
+
+
+def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
+    """--max-bits-per-weight --max-memory: of the whole model, scales and float parts included."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--max-bits-per-weight",
+        type=float,
+        metavar="X",
+        help="whole model: the best recipe within, by measured sensitivities",
+    )
+    group.add_argument(
+        "--max-memory", type=parse_bytes, metavar="BYTES", help="the same in bytes: 900MB, 1.5GB"
+    )
+
+
+def add_sensitivity_argument(parser: argparse.ArgumentParser) -> None:
+    """--sensitivity, for commands that need a budget's recipe and do not measure by themselves."""
+    parser.add_argument(
+        "--sensitivity",
+        type=Path,
+        metavar="FILE",
+        help="of `qvlm sensitivity`, for a budget; measured first if absent (OUT.sensitivity.json)",
+    )
+
+
+def budget_of(arguments: argparse.Namespace) -> Budget | None:
+    """The budget the arguments give, if any."""
+    if arguments.max_bits_per_weight is None and arguments.max_memory is None:
+        return None
+    return Budget(arguments.max_bits_per_weight, arguments.max_memory)
+
+
+def sensitivity_file(arguments: argparse.Namespace, output: Path) -> Path:
+    """Where the sensitivities are or go."""
+    given: Path | None = arguments.sensitivity
+    return given or output.with_name(output.name + ".sensitivity.json")
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvlm import __version__
-from qvlm.budget import Budget, parse_bytes
+from qvlm.budget import (
+    add_budget_arguments,
+    add_sensitivity_argument,
+    budget_of,
+    sensitivity_file,
+)
 from qvlm.checkpoint import Checkpoint, dump_json
 from qvlm.errors import QvlmError
 from qvlm.progress import reporter
@@ -91,13 +96,6 @@ def recipe_of(arguments: argparse.Namespace) -> Recipe:
     return replace(recipe, **{key: value for key, value in given.items() if value is not None})
 
 
-def budget_of(arguments: argparse.Namespace) -> Budget | None:
-    """The budget the arguments give, if any."""
-    if arguments.max_bits_per_weight is None and arguments.max_memory is None:
-        return None
-    return Budget(arguments.max_bits_per_weight, arguments.max_memory)
-
-
 def _quantize(arguments: argparse.Namespace) -> Json:
     from qvlm.quantize import plan, quantize
     from qvlm.source import open_source
@@ -107,8 +105,7 @@ def _quantize(arguments: argparse.Namespace) -> Json:
     if (budget := budget_of(arguments)) is not None:
         from qvlm.sensitivity_run import Settings, recipe_within
 
-        output = arguments.output
-        file = arguments.sensitivity or output.with_name(output.name + ".sensitivity.json")
+        file = sensitivity_file(arguments, arguments.output)
         settings = Settings(calib=arguments.calib)
         recipe = recipe_within(source, recipe, budget, file, settings, reporter()).recipe
     planned = plan(source, recipe)
@@ -127,6 +124,7 @@ def _quantize(arguments: argparse.Namespace) -> Json:
         header = ("component", "layers", "linears", "formats", "bits/weight", "bytes")
         say(arguments, table(rows, header))
         say(arguments, f"embeddings, norms and the rest: {planned.other_bytes} bytes at 16 bit")
+        say(arguments, f"whole model: {planned.bits_per_weight:.3f} bits per weight")
         say(arguments, f"peak memory, estimated: {planned.peak_bytes / 1e9:.2f} GB")
         return planned.to_json()
     output = quantize(
@@ -356,27 +354,6 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("recipe.json"),
         metavar="FILE",
         help="where the recipe within the budget goes (recipe.json)",
-    )
-
-
-def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
-    """--max-bits-per-weight --max-memory: of the whole model, scales and float parts included."""
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument(
-        "--max-bits-per-weight", type=float, metavar="X", help="find the best recipe within"
-    )
-    group.add_argument(
-        "--max-memory", type=parse_bytes, metavar="BYTES", help="the same in bytes: 900MB, 1.5GB"
-    )
-
-
-def add_sensitivity_argument(parser: argparse.ArgumentParser) -> None:
-    """--sensitivity, for commands that need a budget's recipe and do not measure by themselves."""
-    parser.add_argument(
-        "--sensitivity",
-        type=Path,
-        metavar="FILE",
-        help="of `qvlm sensitivity`, for a budget; measured first if absent (OUT.sensitivity.json)",
     )
 
 

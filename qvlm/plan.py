@@ -62,8 +62,8 @@ class Plan:
         return 8 * (sum(c.nbytes for c in self.components) + self.other_bytes) / parameters
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with ``bits_per_weight`` in every component."""
-        data = asdict(self)
+        """A JSON object with ``bits_per_weight`` of the whole model and in every component."""
+        data = {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4)}
         for row, component in zip(data["components"], self.components, strict=True):
             row["bits_per_weight"] = round(component.bits_per_weight, 4)
         return data

@@ -122,6 +122,8 @@ def recipe_within(
     stored = load_json(file) if file.exists() else {}
     rows = stored.get("rows", [])
     known = stored.get("identity", _plain(settings))
+    if not {"formats", "int4_blocks"} <= set(known):
+        raise RecipeError(f"{file}: not a file of `qvlm sensitivity`. Give one, or a new name.")
     blocks = max(settings.int4_blocks, int(known["int4_blocks"]))
     mine = units(model, source.adapter, known["formats"], blocks)
     if not _complete(mine, rows):

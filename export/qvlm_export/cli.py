@@ -21,7 +21,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qvlm.budget import Budget, parse_bytes
+from qvlm.budget import (
+    add_budget_arguments,
+    add_sensitivity_argument,
+    budget_of,
+    sensitivity_file,
+)
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
@@ -95,22 +100,8 @@ def _export_parser() -> Command:
     )
     add("--samples", type=int, metavar="N", help="calibration samples (default 64)")
     add("--seed", type=int, metavar="S", help="draw of the calibration samples (default 0)")
-    budget = parser.add_mutually_exclusive_group()
-    budget.add_argument(
-        "--max-bits-per-weight",
-        type=float,
-        metavar="X",
-        help="whole model: the best recipe within, by measured sensitivities",
-    )
-    budget.add_argument(
-        "--max-memory", type=parse_bytes, metavar="BYTES", help="the same in bytes: 900MB, 1.5GB"
-    )
-    add(
-        "--sensitivity",
-        type=Path,
-        metavar="FILE",
-        help="of `qvlm sensitivity`; measured first if absent (OUT.sensitivity.json)",
-    )
+    add_budget_arguments(parser)
+    add_sensitivity_argument(parser)
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
     add(
         "--sm",
@@ -137,15 +128,14 @@ def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
     method = args.method or ("q-vlm" if args.recipe in RECIPES else None)
     given = {"method": method, "samples": args.samples, "seed": args.seed}
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if args.max_bits_per_weight is None and args.max_memory is None:
+    if (budget := budget_of(args)) is None:
         return recipe
     from qvlm.sensitivity_run import Settings, recipe_within
     from qvlm_export.pipeline import is_quantized
 
     if is_quantized(args.source):
         raise ExportError(f"{args.source}: already quantized, a budget cannot change it.")
-    budget = Budget(args.max_bits_per_weight, args.max_memory)
-    file = args.sensitivity or args.out.with_name(args.out.name + ".sensitivity.json")
+    file = sensitivity_file(args, args.out)
     blocks = max(TARGETS[name].int4_blocks for name in targets)
     settings = Settings(calib=args.calib, int4_blocks=blocks)
     found = recipe_within(args.source, recipe, budget, file, settings, reporter())
@@ -204,6 +194,7 @@ def _plan_text(data: dict[str, Any], targets: Sequence[str]) -> str:
             f"{row['bits_per_weight']:7.3f} bits/weight {row['nbytes'] / 1e6:10.2f} MB"
         )
     lines.append(f"embeddings, norms and the rest: {data['other_bytes'] / 1e6:.2f} MB at 16 bit")
+    lines.append(f"whole model: {data['bits_per_weight']:.3f} bits/weight")
     lines.append(f"estimated peak memory: {data['peak_bytes'] / 1e9:.2f} GB")
     lines.append(f"targets: {', '.join(targets)}")
     return "\n".join(lines)
