@@ -90,7 +90,8 @@ def _front(
     best = np.minimum.accumulate(kl[order])
     better = np.ones(len(order), bool)
     better[1:] = best[1:] < best[:-1]
-    return order[better]
+    front: npt.NDArray[np.int64] = order[better]
+    return front
 
 
 def _thinned(
@@ -99,7 +100,8 @@ def _thinned(
     """The last state (least divergence) of each interval, and the smallest of all: the way out of a tight budget."""
     edges = np.linspace(nbytes[0], nbytes[-1], limit)
     last = np.searchsorted(nbytes, edges, side="right") - 1
-    return kept[np.unique(np.concatenate([[0], last]))]
+    thinned: npt.NDArray[np.int64] = kept[np.unique(np.concatenate([[0], last]))]
+    return thinned
 
 
 def _follow(
@@ -108,7 +110,7 @@ def _follow(
 ) -> dict[str, Choice]:
     state = len(trail[-1][0]) - 1 if trail else 0
     picked = {}
-    for name, (choice, previous) in zip(reversed(units), reversed(trail), strict=True):
+    for name, (choice, previous) in zip(reversed(list(units)), reversed(trail), strict=True):
         picked[name] = units[name][int(choice[state])]
         state = int(previous[state])
     return dict(reversed(picked.items()))
