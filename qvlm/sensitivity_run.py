@@ -17,6 +17,7 @@ from qvlm import practice
 from qvlm.budget import Budget, Solution, choices, solve
 from qvlm.checkpoint import load_json
 from qvlm.data import calibration
+from qvlm.embedding import TABLE_FORMATS
 from qvlm.errors import RecipeError
 from qvlm.plan import check_method, resolve
 from qvlm.progress import Progress, silent
@@ -45,9 +46,11 @@ class Settings:
     def recipe(self) -> Recipe:
         """Method and calibration without rules; RecipeError for an unknown method or format, or a float one."""
         for name in self.formats:
-            if named_format(name).weights is None or name == "w8a16":
-                known = ", ".join(n for n, f in FORMATS.items() if f.weights and n != "w8a16")
-                raise RecipeError(f"format {name!r} is none of a linear. Known: {known}.")
+            if named_format(name).weights is None or name in TABLE_FORMATS:
+                known = [n for n, f in FORMATS.items() if f.weights and n not in TABLE_FORMATS]
+                raise RecipeError(
+                    f"format {name!r} is none of a linear. Known: {', '.join(known)}."
+                )
         recipe = Recipe((), self.method, self.samples, self.seed)
         check_method(recipe)
         return recipe
