@@ -15,7 +15,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvlm import __version__
-from qvlm.checkpoint import Checkpoint
+from qvlm.budget import (
+    add_budget_arguments,
+    add_sensitivity_argument,
+    budget_of,
+    sensitivity_file,
+)
+from qvlm.checkpoint import Checkpoint, dump_json
 from qvlm.errors import QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
@@ -69,6 +75,8 @@ def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("source", metavar="SRC", help="model directory, hub id or 'demo'")
     parser.add_argument("output", metavar="OUT", type=Path, help="checkpoint directory to write")
     add_recipe_arguments(parser)
+    add_budget_arguments(parser)
+    add_sensitivity_argument(parser)
     parser.add_argument("--resume", action="store_true", help="continue an interrupted run")
     parser.add_argument("--dry-run", action="store_true", help="print the plan and stop")
 
@@ -96,6 +104,12 @@ def _quantize(arguments: argparse.Namespace) -> Json:
 
     recipe = recipe_of(arguments)
     source = open_source(arguments.source)
+    if (budget := budget_of(arguments)) is not None:
+        from qvlm.sensitivity_run import Settings, recipe_within
+
+        file = sensitivity_file(arguments, arguments.output)
+        settings = Settings(calib=arguments.calib)
+        recipe = recipe_within(source, recipe, budget, file, settings, reporter()).recipe
     planned = plan(source, recipe)
     if arguments.dry_run:
         rows = [
@@ -112,6 +126,7 @@ def _quantize(arguments: argparse.Namespace) -> Json:
         header = ("component", "layers", "linears", "formats", "bits/weight", "bytes")
         say(arguments, table(rows, header))
         say(arguments, f"embeddings, norms and the rest: {planned.other_bytes} bytes at 16 bit")
+        say(arguments, f"whole model: {planned.bits_per_weight:.3f} bits per weight")
         say(arguments, f"peak memory, estimated: {planned.peak_bytes / 1e9:.2f} GB")
         return planned.to_json()
     output = quantize(
@@ -406,11 +421,98 @@ def _say_ablation(arguments: argparse.Namespace, rows: Sequence[Json]) -> None:
                 say(arguments, f"{name}: {shown}")
 
 
+# -- sensitivity
+
+
+def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", metavar="SRC", help="model directory, hub id or 'demo'")
+    parser.add_argument(
+        "--formats", nargs="+", default=["w4a16", "w4a16-g64", "w8a8"], help="to try"
+    )
+    parser.add_argument("--method", default="gptq", help="quantizes each candidate (gptq)")
+    parser.add_argument("--calib", help="folder with samples.jsonl or images (shipped samples)")
+    parser.add_argument(
+        "--samples", type=int, default=128, help="calibration samples, a quarter measures (128)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="draws the calibration samples (0)")
+    parser.add_argument(
+        "--int4-blocks",
+        type=int,
+        default=2,
+        metavar="N",
+        help="least INT4 blocks along a weight's inputs: 2 for TensorRT, 1 for ONNX Runtime (2)",
+    )
+    parser.add_argument(
+        "--output",
+        type=Path,
+        default=Path("sensitivity.json"),
+        help="JSON file of finished rows; an interrupted run continues (sensitivity.json)",
+    )
+    add_budget_arguments(parser)
+    parser.add_argument(
+        "--write-recipe",
+        type=Path,
+        default=Path("recipe.json"),
+        metavar="FILE",
+        help="where the recipe within the budget goes (recipe.json)",
+    )
+
+
+def _sensitivity(arguments: argparse.Namespace) -> Json:
+    from qvlm.sensitivity_run import SensitivityRun, Settings
+
+    settings = Settings(
+        tuple(arguments.formats),
+        arguments.method,
+        arguments.calib,
+        arguments.samples,
+        arguments.seed,
+        arguments.int4_blocks,
+    )
+    run = SensitivityRun(arguments.source, settings, arguments.output, reporter())
+    rows = run.rows(lambda line: print(line, file=sys.stderr, flush=True))
+    for kind in ("component", "layer"):
+        lines = [
+            (r["component"], r["name"], r["format"], r["kl"], r["exact_match"], r["bytes"])
+            for r in rows
+            if r["kind"] == kind
+        ]
+        say(arguments, table(lines, (kind, "name", "format", "KL", "exact match", "bytes")) + "\n")
+    findings = run.findings()
+    verdicts = {True: "agrees", False: "differs", None: "-"}
+    judged = [(f.rule, f.found, verdicts[f.agrees]) for f in findings]
+    say(arguments, table(judged, ("rule", "this model", "")))
+    result: Json = {"rows": rows, "rules": [asdict(f) for f in findings]}
+    budget = budget_of(arguments)
+    if budget is not None:
+        found = run.solve(budget)
+        dump_json(arguments.write_recipe, found["recipe"])
+        _say_solution(arguments, found)
+        result["solution"] = found
+    return result
+
+
+def _say_solution(arguments: argparse.Namespace, found: Json) -> None:
+    rules = [(rule["pattern"], rule["format"]) for rule in found["recipe"]["rules"]]
+    say(arguments, "\n" + table(rules, ("pattern", "format")))
+    say(arguments, f"{found['bits_per_weight']:.3f} bits per weight, {found['bytes']} bytes in all")
+    say(
+        arguments,
+        f"KL on held-out samples: predicted {found['predicted_kl']:.4g} as a sum, measured "
+        f"{found['measured_kl']:.4g}; no recipe within the budget predicts less than "
+        f"{found['predicted_kl'] - found['optimality_gap']:.4g}",
+    )
+    say(arguments, f"written: {arguments.write_recipe}")
+
+
 COMMANDS: dict[str, Command] = {
     "quantize": Command("quantize a model", _quantize_arguments, _quantize),
     "evaluate": Command("exact match, divergence, sizes", _evaluate_arguments, _evaluate),
     "compare": Command("methods x formats x draws on one table", _compare_arguments, _compare),
     "ablate": Command("what each part of q-vlm is worth", _ablate_arguments, _ablate),
+    "sensitivity": Command(
+        "bits by component: what each layer costs", _sensitivity_arguments, _sensitivity
+    ),
     "show": Command("linears, bits and bytes of a checkpoint", _show_arguments, _show),
     "convert-eval": Command(
         "a benchmark's files to an --eval folder", _convert_arguments, _convert

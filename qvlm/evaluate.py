@@ -25,8 +25,8 @@ from qvlm.generate import decode, stop_tokens
 from qvlm.models import ADAPTERS
 from qvlm.models.adapter import Adapter
 from qvlm.progress import Progress, silent
-from qvlm.recipe import COMPONENTS
-from qvlm.source import Loaded, build_model, load_processor
+from qvlm.recipe import COMPONENTS, EMBEDDING
+from qvlm.source import Loaded, build_model, load_processor, skeleton
 
 BATCH = 32
 # Tokens a generation may take beyond the reference before it is certainly wrong.
@@ -46,11 +46,23 @@ def load_quantized(directory: Path | str) -> Loaded:
     for name in checkpoint.linears:
         linear = checkpoint.linear(name)
         assert linear is not None
-        linears[name] = linear
         tensors[f"{name}.weight"] = torch.from_numpy(linear.dequantize())
+        if checkpoint.linears[name]["component"] != EMBEDDING:
+            linears[name] = linear
+    _shape_embeddings(checkpoint, tensors)
     model = build_model(checkpoint.directory, tensors)
     fakequant.apply(model, linears)
     return Loaded(model, load_processor(checkpoint.directory))
+
+
+def _shape_embeddings(checkpoint: Checkpoint, tensors: dict[str, Tensor]) -> None:
+    """Quantized embeddings, stored as matrices, in their module's shape (a convolution's has four dimensions)."""
+    names = [n for n, entry in checkpoint.linears.items() if entry["component"] == EMBEDDING]
+    tree = skeleton(checkpoint.directory) if names else None
+    for name in names:
+        assert tree is not None
+        key = f"{name}.weight"
+        tensors[key] = tensors[key].reshape(tree.get_parameter(key).shape)
 
 
 def adapter_of(model: nn.Module) -> Adapter:
@@ -270,7 +282,8 @@ class Size:
 def sizes(checkpoint: Checkpoint) -> list[Size]:
     """Bytes as deployed, a row per component's linear weights, then "other" and "total".
 
-    Float tensors count 16 bit; "other" holds embeddings, norms, biases and convolutions, "head" the output matrix.
+    Float tensors count 16 bit; "other" holds norms, biases, position tables and the embeddings that stayed float,
+    "head" the output matrix.
     """
     owners = {f"{name}.weight": part for name, part in checkpoint.float_linears.items()}
     parameters: dict[str, int] = defaultdict(int)
@@ -289,5 +302,9 @@ def sizes(checkpoint: Checkpoint) -> list[Size]:
             count *= length
         parameters[component] += count
         nbytes[component] += 2 * count
-    rows = [Size(c, parameters[c], nbytes[c]) for c in (*COMPONENTS, "other") if parameters[c]]
+    rows = [
+        Size(c, parameters[c], nbytes[c])
+        for c in (*COMPONENTS, EMBEDDING, "other")
+        if parameters[c]
+    ]
     return [*rows, Size("total", sum(parameters.values()), sum(nbytes.values()))]

@@ -7,16 +7,17 @@ does not divide, an unknown method or option) is refused before anything long be
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
 
-from qvlm import transform
+from qvlm import embedding, transform
 from qvlm.errors import RecipeError
 from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.models.adapter import Adapter
-from qvlm.recipe import COMPONENTS, Format, Recipe
+from qvlm.recipe import COMPONENTS, EMBEDDING, Format, Recipe
 from qvlm.source import Source, skeleton
 
 Formats = dict[str, dict[str, Format]]
@@ -61,8 +62,8 @@ class Plan:
         return 8 * (sum(c.nbytes for c in self.components) + self.other_bytes) / parameters
 
     def to_json(self) -> dict[str, Any]:
-        """A JSON object with ``bits_per_weight`` in every component."""
-        data = asdict(self)
+        """A JSON object with ``bits_per_weight`` of the whole model and in every component."""
+        data = {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4)}
         for row, component in zip(data["components"], self.components, strict=True):
             row["bits_per_weight"] = round(component.bits_per_weight, 4)
         return data
@@ -92,6 +93,10 @@ def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
         for name, linear in adapter.linears(model, component).items():
             format_ = recipe.format_of(component, name)
             if format_.weights is not None:
+                if format_.name in embedding.TABLE_FORMATS:
+                    raise RecipeError(
+                        f"{name}: format {format_.name!r} is for token tables. Use w8a8 or w4a16."
+                    )
                 format_.weights.groups(linear.in_features, name)
                 _check_split(component, name, format_)
                 chosen[name] = format_
@@ -160,6 +165,9 @@ def plan(source: Source, recipe: Recipe) -> Plan:
                 2 * parameters,
             )
         )
+    if embedded := embedding.resolve(model, adapter, recipe):
+        rows.append(_embedding_plan(model, embedded))
+        counted += rows[-1].parameters
     total = sum(parameter.numel() for parameter in model.parameters())
     return Plan(
         source.name,
@@ -169,6 +177,17 @@ def plan(source: Source, recipe: Recipe) -> Plan:
         tuple(rows),
         2 * (total - counted),
         _peak_bytes(model, adapter, recipe, formats, total),
+    )
+
+
+def _embedding_plan(model: nn.Module, formats: Mapping[str, Format]) -> ComponentPlan:
+    """The embeddings that are quantized; float ones belong to ``other_bytes``."""
+    shapes = {name: embedding.shape(model.get_submodule(name)) for name in formats}
+    parameters = sum(rows * columns for rows, columns in shapes.values())
+    nbytes = sum(linear_bytes(*shapes[name], format_) for name, format_ in formats.items())
+    kinds = Counter(format_.name for format_ in formats.values())
+    return ComponentPlan(
+        EMBEDDING, len(formats), len(formats), dict(kinds), parameters, nbytes, 2 * parameters
     )
 
 

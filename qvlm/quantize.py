@@ -3,9 +3,9 @@
 1. Check source and recipe (``plan.resolve``), load the model, build the samples.
 2. Float goldens; the recipe's transforms, and a check that the changed model still answers the same; the largest
    activations, and the float hidden states that enter each component, while the model is still float.
-3. The method prepares, then for vision, projector, text, head: it cuts the layers into blocks and turns each block
-   into integers, given the float stream and the quantized stream that enter it. The block is replaced by its
-   simulation; both streams go on to the next. Each finished block is saved.
+3. The method prepares; embeddings are rounded (``embedding``). Then for vision, projector, text, head the method cuts
+   the layers into blocks and turns each block into integers, given the float stream and the quantized stream that
+   enter it. The block is replaced by its simulation; both streams go on to the next. Each finished block is saved.
 4. Goldens of the quantized model; checkpoint; rename.
 
 Everything is deterministic in (source, recipe, samples): the same run gives the same bytes, and so does an
@@ -23,7 +23,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from qvlm import fakequant, magnitudes
+from qvlm import embedding, fakequant, magnitudes
+from qvlm.block_report import describe
 from qvlm.capture import Sample, Stream, build_sample, capture_inputs, capture_stream
 from qvlm.checkpoint import (
     MAGNITUDES,
@@ -41,7 +42,7 @@ from qvlm.methods import METHODS, Block, Context, State
 from qvlm.models.adapter import Adapter
 from qvlm.plan import Formats, Plan, plan, resolve
 from qvlm.progress import Progress, silent
-from qvlm.recipe import COMPONENTS, Recipe
+from qvlm.recipe import COMPONENTS, EMBEDDING, Recipe
 from qvlm.source import Loaded, Source, load, open_source, skeleton
 from qvlm.transform import chosen, transform
 from qvlm.workdir import WorkDirectory, digest
@@ -97,7 +98,7 @@ def quantize(
     run = _Run(source, loaded, recipe, formats, progress)
     prompts = run.golden_prompts(chosen, goldens)
     samples = build_samples(loaded, source.adapter, chosen, progress)
-    work.begin(_identity(source, recipe, samples, len(prompts)))
+    work.begin(identity(source, recipe, samples, len(prompts)))
     float_sides = run.float_goldens(prompts)
     transforms = run.transform(samples, work)
     if transforms:
@@ -135,7 +136,7 @@ def build_samples(
     return samples
 
 
-def _identity(source: Source, recipe: Recipe, samples: Sequence[Sample], goldens: int) -> str:
+def identity(source: Source, recipe: Recipe, samples: Sequence[Sample], goldens: int) -> str:
     """Digest of all that decides the result."""
     from qvlm import __version__
 
@@ -286,7 +287,17 @@ class _Run:
             context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
             state = self.method.prepare(context)
             work.save_arrays("prepared", state)
-        report: dict[str, Any] = {"name": self.recipe.method, "components": {}}
+        # After ``prepare``, which looks at the float model, and before the first quantized stream.
+        embedded = embedding.quantize(
+            self.model, embedding.resolve(self.model, self.adapter, self.recipe), samples
+        )
+        embedding.apply(self.model, embedded)
+        self.linears.update({name: (EMBEDDING, one) for name, one in embedded.items()})
+        report: dict[str, Any] = {
+            "name": self.recipe.method,
+            "components": {},
+            "versions": _versions(),
+        }
         for component in COMPONENTS:
             if component in streams:
                 rows = self._component(streams.pop(component), samples, state, work)
@@ -342,8 +353,9 @@ class _Run:
         result = self.method.quantize_block(block, self.recipe, state)
         if result.linears.keys() != block.linears.keys():
             raise RuntimeError(f"method {self.recipe.method!r} left linears of {key} out")
-        work.save_block(*key, result.linears, result.report)
-        return result.linears, result.report
+        report = {**result.report, "measured": describe(block, result.linears, self.recipe)}
+        work.save_block(*key, result.linears, report)
+        return result.linears, report
 
     # -- result
 
@@ -377,6 +389,16 @@ class _Run:
         tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
         skipped = replaced | ({f"{self.adapter.head}.weight"} if tied else set())
         return [(n, t) for n, t in self.model.state_dict().items() if n not in skipped]
+
+
+def _versions() -> dict[str, str]:
+    """What a result depends on besides the code here."""
+    import transformers
+
+    from qvlm import __version__
+
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    return {"qvlm": __version__, "numpy": np.__version__, **versions}
 
 
 def _check_partition(blocks: Sequence[tuple[int, int]], layers: int, method: str) -> None:

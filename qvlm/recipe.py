@@ -7,7 +7,9 @@ rule matches stays float. Formats have names (``w4a16`` ...) so that a recipe fi
      "rules": [{"pattern": "text.*", "format": "w4a16"}, {"pattern": "vision.*", "format": "w8a8"}]}
 
 Patterns are matched (fnmatch) on ``component.module_name``, component one of vision, projector, text, head:
-``text.model.language_model.layers.0.mlp.up_proj``.
+``text.model.language_model.layers.0.mlp.up_proj``. A fifth component, embedding, holds the token table (format w8a16)
+and the patch projection (w4a16, w4a16-g64); only patterns that begin with "embedding" reach it, so that ``*`` means
+the linears.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ from typing import Any, Literal
 from qvlm.errors import RecipeError
 
 SCHEMA = 1
+# What methods walk, in the order they walk it; then what is rounded once, before them (``embedding``).
 COMPONENTS = ("vision", "projector", "text", "head")
+EMBEDDING = "embedding"
 
 Granularity = Literal["tensor", "channel", "group"]
 ActivationGranularity = Literal["tensor", "token", "channel", "modality"]
@@ -116,6 +120,8 @@ FORMATS: dict[str, Format] = {
         Format("w8a8", WeightScheme(8, "channel", None), ActivationScheme(8, "token")),
         Format("w8a8-static", WeightScheme(8, "channel", None), ActivationScheme(8, "tensor")),
         Format("w8a8-split", WeightScheme(8, "channel", None), ActivationScheme(8, "modality")),
+        # Rows of a token table: looked up, never multiplied, so only the row's own scale is needed.
+        Format("w8a16", WeightScheme(8, "channel", None)),
         Format("w2a16", WeightScheme(2, "group", 128), deployable=False),
         Format("w3a16", WeightScheme(3, "group", 128), deployable=False),
         Format(
@@ -165,7 +171,8 @@ class Recipe:
         """The format of linear ``name`` in ``component``."""
         key = f"{component}.{name}"
         for rule in self.rules:
-            if fnmatchcase(key, rule.pattern):
+            named = component != EMBEDDING or rule.pattern.startswith(EMBEDDING)
+            if named and fnmatchcase(key, rule.pattern):
                 return rule.format
         return FORMATS["float"]
 

@@ -4,6 +4,7 @@
     qvlm-export verify OUT       replay the goldens through ONNX Runtime
     qvlm-export check OUT|FILE   TensorRT's rules, without TensorRT
     qvlm-export build OUT        engines with TensorRT for RTX, for the GPU generations named
+    qvlm-export report OUT       draw report.html again, with a comparison's rows
     qvlm-export targets          the table of targets
 
 Exit 0 done, 1 failed (one line on stderr), 2 usage.
@@ -20,6 +21,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qvlm.budget import (
+    add_budget_arguments,
+    add_sensitivity_argument,
+    budget_of,
+    sensitivity_file,
+)
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
@@ -74,7 +81,10 @@ def _export_parser() -> Command:
     add = parser.add_argument
     add("source", metavar="SRC", help='HF directory, hub id, quantized checkpoint, or "demo"')
     add(
-        "out", metavar="OUT", type=Path, help="folder to write; also: verify, check, build, targets"
+        "out",
+        metavar="OUT",
+        type=Path,
+        help="folder to write; also: verify, check, build, report, targets",
     )
     add("--target", action="append", choices=list(TARGETS), help="default ort; may be repeated")
     add(
@@ -99,6 +109,8 @@ def _export_parser() -> Command:
         metavar="MB",
         help="store a larger weight (a large output projection) in pieces of MB megabytes",
     )
+    add_budget_arguments(parser)
+    add_sensitivity_argument(parser)
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
     add(
         "--sm",
@@ -112,26 +124,43 @@ def _export_parser() -> Command:
         action="store_true",
         help="keep OUT.checkpoint, the quantized checkpoint",
     )
+    _add_compare(parser)
     add("--resume", action="store_true", help="continue an interrupted export")
     add("--overwrite", action="store_true", help="replace OUT if it exists")
     add("--dry-run", action="store_true", help="print the plan: layers, bits, bytes, peak memory")
     return parser, _export
 
 
-def _recipe(args: argparse.Namespace) -> Recipe:
+def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
+    """The recipe by its name or file, or the best one within the budget, under what the arguments override."""
     recipe = load_recipe(args.recipe)
     method = args.method or ("q-vlm" if args.recipe in RECIPES else None)
     given = {"method": method, "samples": args.samples, "seed": args.seed}
-    return replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
+    if (budget := budget_of(args)) is None:
+        return recipe
+    from qvlm.sensitivity_run import Settings, recipe_within
+    from qvlm_export.pipeline import is_quantized
+
+    if is_quantized(args.source):
+        raise ExportError(f"{args.source}: already quantized, a budget cannot change it.")
+    file = sensitivity_file(args, args.out)
+    blocks = max(TARGETS[name].int4_blocks for name in targets)
+    settings = Settings(calib=args.calib, int4_blocks=blocks)
+    found = recipe_within(args.source, recipe, budget, file, settings, reporter())
+    print(f"{found.bits_per_weight:.3f} bits per weight, KL {found.kl:.2e} predicted")
+    return found.recipe
 
 
 def _export(args: argparse.Namespace) -> Answer:
     from qvlm_export.pipeline import Request, export
 
+    comparison = _comparison(args)
+    targets = tuple(dict.fromkeys(args.target or ["ort"]))
     request = Request(
         args.source,
-        _recipe(args),
-        tuple(dict.fromkeys(args.target or ["ort"])),
+        _recipe(args, targets),
+        targets,
         args.calib,
         args.max_context,
         tuple(args.sm or ()),
@@ -147,6 +176,7 @@ def _export(args: argparse.Namespace) -> Answer:
         resume=args.resume,
         overwrite=args.overwrite,
         keep_checkpoint=args.keep_checkpoint,
+        comparison=comparison,
         progress=reporter(),
     )
     for row in result.report.components:
@@ -174,6 +204,7 @@ def _plan_text(data: dict[str, Any], targets: Sequence[str]) -> str:
             f"{row['bits_per_weight']:7.3f} bits/weight {row['nbytes'] / 1e6:10.2f} MB"
         )
     lines.append(f"embeddings, norms and the rest: {data['other_bytes'] / 1e6:.2f} MB at 16 bit")
+    lines.append(f"whole model: {data['bits_per_weight']:.3f} bits/weight")
     lines.append(f"estimated peak memory: {data['peak_bytes'] / 1e9:.2f} GB")
     lines.append(f"targets: {', '.join(targets)}")
     return "\n".join(lines)
@@ -279,6 +310,33 @@ def _build(args: argparse.Namespace) -> Answer:
     return 0, {"engines": [asdict(row) for row in rows]}
 
 
+def _report_parser() -> Command:
+    parser = _parser("report", "Draw an exported folder's report.html again.")
+    parser.add_argument("out", metavar="OUT", type=Path, help="folder written by qvlm-export")
+    _add_compare(parser)
+    return parser, _report
+
+
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--compare", type=Path, metavar="FILE", help="rows of `qvlm compare` to draw in the report"
+    )
+
+
+def _comparison(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from qvlm_export.report import read_comparison
+
+    return read_comparison(args.compare) if args.compare else []
+
+
+def _report(args: argparse.Namespace) -> Answer:
+    from qvlm_export.package import redraw_report
+
+    report = redraw_report(args.out, _comparison(args))
+    print(f"{len(report.comparison)} rows compared; report: {args.out / 'report.html'}")
+    return 0, {"report": str(args.out / "report.html"), "rows": len(report.comparison)}
+
+
 def _targets_parser() -> Command:
     return _parser("targets", "Print the table of targets."), _targets
 
@@ -311,5 +369,6 @@ _COMMANDS: dict[str, Callable[[], Command]] = {
     "verify": _verify_parser,
     "check": _check_parser,
     "build": _build_parser,
+    "report": _report_parser,
     "targets": _targets_parser,
 }

@@ -47,7 +47,8 @@ class GraphFacts:
     """One graph file: node count, bytes with external data, integer products.
 
     layers: transformer layers. roundings: nodes that round their result. depths: contraction
-    lengths of all products, summed. constants: nodes that read a stored float tensor.
+    lengths of all products, summed. constants: nodes that read a stored float tensor. tables:
+    quantized tables that are looked up.
     """
 
     name: str
@@ -58,6 +59,7 @@ class GraphFacts:
     roundings: int
     depths: int
     constants: int = 0
+    tables: tuple[str, ...] = ()
 
     def elements(self, dtype: str) -> int:
         """Integer weight elements of one type."""
@@ -69,8 +71,8 @@ class GraphFacts:
 
     @property
     def linears(self) -> tuple[str, ...]:
-        """Checkpoint linears inside the integer products."""
-        return tuple(name for p in self.products for name in p.linears)
+        """Checkpoint linears inside the integer products, and quantized tables."""
+        return (*(name for p in self.products for name in p.linears), *self.tables)
 
 
 def graph_facts(path: Path) -> GraphFacts:
@@ -90,6 +92,7 @@ def graph_facts(path: Path) -> GraphFacts:
         sum(node.op_type not in _EXACT for node in nodes),
         sum(_depth(node) for node in nodes),
         sum(any(map(_is_stored_float, node.inputs)) for node in nodes),
+        tuple(name for node in nodes if (name := _table(node))),
     )
 
 
@@ -117,6 +120,11 @@ def _depth(node: ir.Node) -> int:
         return _ATTENTION_DEPTH
     shape = weight.shape.numpy()
     return prod(shape[1:]) if node.op_type == "Conv" else shape[0]
+
+
+def _table(node: ir.Node) -> str:
+    """The checkpoint's name of the quantized table a Gather reads, "" for other nodes."""
+    return node.metadata_props.get(LINEARS_KEY, "") if node.op_type == "Gather" else ""
 
 
 def _product(node: ir.Node) -> Product | None:

@@ -64,17 +64,15 @@ def activation(b: GraphBuilder, x: ir.Value, kind: str, where: str) -> ir.Value:
 
 def embedding_merge(
     b: GraphBuilder,
-    table: ir.Value,
-    input_ids: ir.Value,
+    text: ir.Value,
     image_index: ir.Value,
     image_features: ir.Value,
 ) -> ir.Value:
-    """Token embeddings [1, S, H]; where image_index >= 0 that row of image_features [M, H] instead.
+    """Token embeddings ``text`` [1, S, H]; where image_index >= 0 that row of image_features [M, H].
 
     One kernel together with the first norm. Text tokens read row 0 and discard it, so M >= 1 is
     needed. Tells the builder which tokens are image tokens.
     """
-    text = b.op("Gather", table, input_ids, axis=0)
     image = b.op("Gather", image_features, b.op("Max", image_index, b.i64(0)), axis=0)
     is_image = b.op("Unsqueeze", b.op("GreaterOrEqual", image_index, b.i64(0)), b.i64(-1))
     b.image_tokens = is_image

@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from qvlm import __version__
 from qvlm.checkpoint import Checkpoint
@@ -16,6 +17,7 @@ from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.build import image_spec, model_spec
 from qvlm_export.processor import chat_template
+from qvlm_export.report import Report, to_html
 from qvlm_export.rtx import EngineRow, compile_target
 from qvlm_runtime.manifest import Manifest, TargetSpec, digest, read_manifest, verify_files
 
@@ -110,6 +112,29 @@ def add_engines(folder: Path, capabilities: Sequence[int], progress: Progress) -
     targets = {**manifest.targets, "rtx": spec}
     _write(folder, replace(manifest, targets=targets, files=files))
     return rows
+
+
+def write_report(folder: Path, report: Report) -> None:
+    """Write report.json and report.html."""
+    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+
+
+def redraw_report(folder: Path, comparison: Sequence[Mapping[str, Any]]) -> Report:
+    """Draw a finished folder's report again, with these rows of a comparison if any; the manifest follows.
+
+    The folder is verified first: FolderError (qvlm_runtime) if it is not whole, ExportError as ``Report.read``.
+    """
+    manifest = read_manifest(folder)
+    verify_files(folder, manifest)
+    report = Report.read(folder / "report.json")
+    if comparison:
+        report = replace(report, comparison=comparison)
+    write_report(folder, report)
+    names = ("report.json", "report.html")
+    files = {**manifest.files, **{name: digest(folder / name) for name in names}}
+    _write(folder, replace(manifest, files=files))
+    return report
 
 
 def move(source: Path, destination: Path, overwrite: bool) -> None:

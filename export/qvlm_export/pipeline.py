@@ -9,9 +9,11 @@ by block; graphs are built again. The result is the same bytes as an uninterrupt
 from __future__ import annotations
 
 import json
+import platform
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +27,7 @@ from qvlm_export.build import build, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
 from qvlm_export.float_range import check_range, largest_activations
-from qvlm_export.report import Report, component_rows, divergence, to_html
+from qvlm_export.report import Report, component_rows, divergence
 from qvlm_export.targets import DEFAULT, Target, Variant, named_target
 from qvlm_export.verify import verify_target
 from qvlm_runtime.manifest import TargetSpec
@@ -95,9 +97,12 @@ def export(
     overwrite: bool = False,
     keep_checkpoint: bool = False,
     accuracy: Accuracy | None = None,
+    comparison: Sequence[Mapping[str, Any]] = (),
     progress: Progress = silent,
 ) -> Result:
     """Run every stage; the folder ``out`` exists afterwards, whole and verified.
+
+    ``comparison``: rows of ``qvlm compare`` for the report.
 
     Raises RecipeError for formats no engine runs, ExportError if ``out`` exists (without
     ``overwrite``) or a graph cannot be built or breaks a rule of its target, VerificationError if a
@@ -116,7 +121,7 @@ def export(
         )
     model = model_spec(checkpoint, request.max_context)
     package.add_runtime_files(checkpoint, work)
-    package.write_manifest(
+    manifest = package.write_manifest(
         work, checkpoint, specs, exclude=_unfinished(work), max_context=request.max_context
     )
     report = Report(
@@ -128,9 +133,11 @@ def export(
         sections,
         accuracy=accuracy(work) if accuracy else None,
         method=checkpoint.method_report,
+        comparison=comparison,
+        versions={**checkpoint.method_report.get("versions", {}), **_versions()},
+        files={name: entry.sha256 for name, entry in manifest.files.items()},
     )
-    (work / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (work / "report.html").write_text(to_html(report), encoding="utf-8")
+    package.write_report(work, report)
     package.write_manifest(
         work, checkpoint, specs, exclude=_unfinished(work), max_context=request.max_context
     )
@@ -141,6 +148,13 @@ def export(
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     package.move(work, out, overwrite)
     return Result(out, report)
+
+
+def _versions() -> dict[str, str]:
+    """Of what built and replayed the graphs, and of this package."""
+    names = ("numpy", "onnx", "onnx-ir", "onnxruntime")
+    found = {name: metadata.version(name) for name in names}
+    return {"qvlm (export)": __version__, "python": platform.python_version(), **found}
 
 
 def _unfinished(work: Path) -> tuple[str, ...]:

@@ -43,6 +43,8 @@ Kind = Literal["float", "int4", "token", "split", "static"]
 INT8_KINDS = ("token", "split", "static")
 # Metadata key of a quantized MatMul: the checkpoint linears inside it, comma separated.
 LINEARS_KEY = "qvlm.linears"
+# A token table's: rows are looked up, not multiplied (``lookup``).
+TABLE_FORMAT = "w8a16"
 # Half of float16's range: what a GEMM's result may reach before c[n] and m.
 GEMM_LIMIT = 2.0**15
 SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
@@ -74,7 +76,8 @@ class LinearPlan:
 def check_deployable(checkpoint: Checkpoint) -> None:
     """ExportError naming the first linear whose format no engine runs."""
     for name, entry in checkpoint.linears.items():
-        _kind(name, entry["format"])
+        if entry["format"] != TABLE_FORMAT:
+            _kind(name, entry["format"])
 
 
 def _kind(name: str, format_name: str) -> Kind:
@@ -219,6 +222,36 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     return linear(b, b.op("Reshape", x, b.i64(0, 0, one.in_features)), name)
 
 
+def lookup(b: GraphBuilder, ids: ir.Value, name: str, shape: tuple[int, int]) -> ir.Value:
+    """Rows ``ids`` [1, S] of the table [rows, columns] called ``name``, [1, S, columns].
+
+    INT8: Gather(DequantizeLinear(table, s0)) * Gather(scale / s0), s0 a power of two, exact as in a
+    linear. TensorRT takes no integers behind Gather (rule T-02) and keeps the table INT8 in this
+    order; ONNX Runtime would expand the whole table at every run, so there DequantizeLinear follows.
+    """
+    checkpoint = b.weights.checkpoint
+    if name not in checkpoint.linears:
+        return b.op("Gather", b.parameter(f"{name}.weight", shape), ids, axis=0)
+    if (format_name := checkpoint.linears[name]["format"]) != TABLE_FORMAT:
+        raise ExportError(f"{name}: format {format_name!r}, expected {TABLE_FORMAT} or float.")
+    b.weights.expect(f"{name}.weight", shape)
+    # A scale divided by it stays exact in float16 down to s0 * 2^-14.
+    s0 = 2.0 ** max(math.floor(math.log2(float(_scales(checkpoint, name).max()))), -14)
+    table = b.constant(f"{name}.weight", lazy_int8(shape, lambda: _load(checkpoint, name).integers))
+    factor = b.weights.lazy(
+        f"{name}.row_scale", (shape[0], 1), lambda: _scales(checkpoint, name) / np.float32(s0)
+    )
+    constants = (b.scalar(s0), b.scalar(0, ir.DataType.INT8))
+    if b.target.is_tensorrt:
+        rows = b.op("Gather", b.op("DequantizeLinear", table, *constants), ids, axis=0)
+        gathered = rows.producer()
+    else:
+        integers = b.op("Gather", table, ids, axis=0)
+        gathered = integers.producer()
+        rows = b.op("DequantizeLinear", integers, *constants)
+    assert gathered is not None
+    gathered.metadata_props[LINEARS_KEY] = name
+    return b.op("Mul", rows, b.op("Gather", b.constant(f"{name}.row_scale", factor), ids, axis=0))
 def _alone(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
     """A group of one float or INT4 linear."""
     return [_bias(b, _matmul(b, x, group[0]), group)]

@@ -54,6 +54,7 @@ class Adapter:
     vision_layers and text_layers name the ModuleLists of repeated layers; projector and head name single modules,
     each treated as a component of one layer. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
     many vision layers (from the first) reach the language model; later ones are dead, not quantized and not exported.
+    ``embeddings`` names what turns tokens and pixels into hidden states: nn.Embedding or nn.Conv2d without bias.
     ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized. scale_pairs:
     where channel scales fold; ``unfolded`` maps patterns of the linears without a pair to the reason. head_dim(config,
     component): width of an attention head. residual: None where no rotation folds.
@@ -68,6 +69,7 @@ class Adapter:
     image_tokens: Callable[[Any], int]
     live_vision_layers: Callable[[Any], int]
     head_dim: Callable[[Any, str], int]
+    embeddings: tuple[str, ...] = ()
     keep_float: Mapping[str, str] = field(default_factory=dict)
     scale_pairs: tuple[ScalePair, ...] = ()
     unfolded: Mapping[str, str] = field(default_factory=dict)

@@ -66,4 +66,8 @@ ADAPTER = Adapter(
         entries=("model.multi_modal_projector.linear_2",),
         writers=("self_attn.o_proj", "mlp.down_proj"),
     ),
+    embeddings=(
+        "model.language_model.embed_tokens",
+        "model.vision_tower.embeddings.patch_embedding",
+    ),
 )

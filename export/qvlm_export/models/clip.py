@@ -78,19 +78,7 @@ def hidden_states(
 
 def _embed(b: GraphBuilder, c: ClipConfig, prefix: str, pixels: ir.Value) -> ir.Value:
     name = f"{prefix}.embeddings"
-    kernel = b.parameter(
-        f"{name}.patch_embedding.weight",
-        (c.hidden_size, c.num_channels, c.patch_size, c.patch_size),
-    )
-    grid = b.op(
-        "Conv",
-        pixels,
-        kernel,
-        kernel_shape=[c.patch_size] * 2,
-        strides=[c.patch_size] * 2,
-    )
-    flat = b.op("Reshape", grid, b.i64(0, c.hidden_size, -1))
-    patches = b.op("Transpose", flat, perm=[0, 2, 1])
+    patches = _patches(b, c, f"{name}.patch_embedding", pixels)
     label = b.constant(
         f"{name}.class_embedding",
         b.weights.stored(f"{name}.class_embedding", (1, 1, c.hidden_size), _rows(c.hidden_size)),
@@ -103,6 +91,28 @@ def _embed(b: GraphBuilder, c: ClipConfig, prefix: str, pixels: ir.Value) -> ir.
         "Add", x, b.parameter(f"{name}.position_embedding.weight", (c.patches + 1, c.hidden_size))
     )
     return layer_norm(b, x, f"{prefix}.pre_layrnorm", c.hidden_size, c.layer_norm_eps)
+
+
+def _patches(b: GraphBuilder, c: ClipConfig, name: str, pixels: ir.Value) -> ir.Value:
+    """pixels [N, C, H, W] to [N, patches, hidden]: a convolution, or the same as a linear over the
+    patches where its weight is quantized.
+    """
+    size = c.patch_size
+    if name in b.weights.checkpoint.linears:
+        side, rest = divmod(c.image_size, size)
+        if rest:
+            raise ExportError(
+                f"{name}: image_size {c.image_size} is no multiple of patch_size {size}. "
+                "Keep the patch projection in float."
+            )
+        cut = b.op("Reshape", pixels, b.i64(0, c.num_channels, side, size, side, size))
+        rows = b.op("Transpose", cut, perm=[0, 2, 4, 1, 3, 5])
+        flat = b.op("Reshape", rows, b.i64(0, c.patches, c.num_channels * size * size))
+        return linear(b, flat, name)
+    kernel = b.parameter(f"{name}.weight", (c.hidden_size, c.num_channels, size, size))
+    grid = b.op("Conv", pixels, kernel, kernel_shape=[size] * 2, strides=[size] * 2)
+    flat = b.op("Reshape", grid, b.i64(0, c.hidden_size, -1))
+    return b.op("Transpose", flat, perm=[0, 2, 1])
 
 
 def _rows(width: int) -> Any:

@@ -21,7 +21,7 @@ from qvlm_export.ops import (
     rope_tables,
     split_heads,
 )
-from qvlm_export.qdq import has_linear, heads_linear, linear, linears
+from qvlm_export.qdq import has_linear, heads_linear, linear, linears, lookup
 
 
 @dataclass(frozen=True)
@@ -73,9 +73,10 @@ def decoder(
         for name in ("input_ids", "image_index", "position_ids")
     )
     features = b.input("image_features", b.float_type, ("M", c.hidden_size))
-    table = b.parameter(f"{prefix}.embed_tokens.weight", (c.vocab_size, c.hidden_size))
+    table = f"{prefix}.embed_tokens"
     with b.scope("embed"):
-        x = embedding_merge(b, table, ids, image_index, features)
+        text = lookup(b, ids, table, (c.vocab_size, c.hidden_size))
+        x = embedding_merge(b, text, image_index, features)
     with b.scope("positions"):
         frequencies = rope_frequencies(c.rope, c.heads.head_dim, where)
         tables = rope_tables(b, frequencies, positions)
@@ -88,7 +89,8 @@ def decoder(
     if has_linear(b.weights.checkpoint, head):
         logits = linear(b, x, head)
     else:  # tied: the embedding's bytes are stored once
-        logits = b.op("MatMul", x, b.op("Transpose", table, perm=[1, 0]))
+        shared = b.parameter(f"{table}.weight", (c.vocab_size, c.hidden_size))
+        logits = b.op("MatMul", x, b.op("Transpose", shared, perm=[1, 0]))
     b.output(logits, "logits", b.float_type, (1, 1, c.vocab_size))
 
 
