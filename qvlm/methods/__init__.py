@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qvlm.methods import gptaq, gptq, q_vlm, rtn, vlmq
+from qvlm.methods import fused, gptaq, gptq, q_vlm, rtn, vlmq
 from qvlm.methods.method import Block, BlockResult, Context, Method, State
 
 __all__ = ["METHODS", "Block", "BlockResult", "Context", "Method", "State"]
@@ -13,4 +13,5 @@ METHODS: dict[str, Method] = {
     "gptaq": gptaq.Gptaq(),
     "vlmq": vlmq.Vlmq(),
     "q-vlm": q_vlm.QVlm(),
+    "fused": fused.Fused(),
 }
