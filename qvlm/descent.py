@@ -26,6 +26,7 @@ from torch import Tensor
 
 from qvlm import affine
 from qvlm.affine import QuantizedWeight
+from qvlm.hessian import damped
 
 # A move must lower E by this share of the row's error: below it float64 rounding decides.
 LEAST_GAIN = 1e-12
@@ -43,9 +44,7 @@ def target(
     w = weight.detach().double()
     if cross is None or alpha == 0.0:
         return w
-    mean = float(hessian.diagonal().mean())
-    damped = hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
-    shift = torch.linalg.solve(damped, (w @ cross).T).T  # damped is symmetric
+    shift = torch.linalg.solve(damped(hessian, damping), (w @ cross).T).T  # H is symmetric
     return w + alpha * shift
 
 
@@ -73,7 +72,9 @@ def descend(
         changed = False
         for first in range(0, len(hessian), COLUMNS):
             last = min(first + COLUMNS, len(hessian))
-            near = pull[:, first:last].T.contiguous()  # [columns, out]: a column is read and written at once
+            near = pull[
+                :, first:last
+            ].T.contiguous()  # [columns, out]: a column is read and written at once
             moves = torch.zeros_like(near)
             for c in range(first, last):
                 s, old, g = scale[:, c], integers[:, c], near[c - first]

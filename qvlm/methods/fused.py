@@ -1,195 +1,332 @@
-"""prototype"""
+"""fused: the flagship. Scale search, GPTQ, coordinate descent and joint rounding, each on the same token weights.
+
+Objective: the quantized model's answers, KL(float || quantized). Every stage minimises a local stand-in for it:
+
+1. Token weights (option ``weights``). "curvature": how much the answers move with each token of each linear's output
+   (``curvature``), to the power ``temper``, as full strength leaves too few effective tokens for H. "modality": image
+   and text tokens weigh the same in total. "vlmq": ``methods.vlmq``'s factors for the attention's linears. "uniform".
+2. Blocks (``partition``): Q-VLM's entropy partition of the decoder, or ``depth`` layers each ("fixed"); one layer per
+   block elsewhere.
+3. Each linear of each layer in turn, with H and D on the quantized stream as it now is (``methods.stages``):
+   scales that cost least under H (``scales``); integers by ``start``: GPTQ's sweep, GPTAQ's, "residual" (GPTQ's sweep
+   on the target w (H + alpha D) H^-1, that is GPTAQ with the residual of columns already moved, exactly), or round to
+   nearest; then integer coordinate descent of ``sweeps`` rounds, and ``refits`` times the scales' least squares and
+   descent again (``descent``). Descent aims where the start does: at the shifted target for gptaq and residual.
+4. The block's linears together (``solver``): signed gradient descent on roundings and scales against the block's
+   loss, or Q-VLM's grid in the same place (``methods.block_rounding``), in blocks with weights of at most
+   ``solver_bits``.
+5. Keep the best of 3 and 4 on held-out samples.
+
+Cost: one backward pass of the model per sample, GPTAQ's passes, and ``steps`` times ``batch`` forward and backward
+passes of the block (and, with loss "answers" or "both", of the decoder behind it).
+"""
+
 from __future__ import annotations
-import logging, time
+
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
+
 import numpy as np
+import numpy.typing as npt
 import torch
-from torch import Tensor, nn
-from qvlm import affine, importance, entropy
+from torch import Tensor
+
+from qvlm import affine, entropy
 from qvlm.affine import QuantizedWeight
-from qvlm.capture import Stream
+from qvlm.capture import Stream, capture_stream
+from qvlm.checkpoint import QuantizedLinear
 from qvlm.curvature import end_curvature
-from qvlm.descent import coordinate_optima, descend, refit_scales, row_errors, target
-from qvlm.fakequant import FakeQuantLinear, substituted
-from qvlm.hessian import revive_dead
-from qvlm.methods import gptaq, gptq
+from qvlm.descent import coordinate_optima, descend, refit_scales, target
+from qvlm.errors import RecipeError
+from qvlm.hessian import Statistics, damped, revive_dead
+from qvlm.methods import block_rounding, gptaq, gptq, vlmq
+from qvlm.methods.block_rounding import BlockLoss, gradient_solver, grid_solver
 from qvlm.methods.block_search import dependencies
 from qvlm.methods.method import Block, BlockResult, Context, State
 from qvlm.methods.rtn import quantized_linear
 from qvlm.methods.stages import StagedLayer
-from qvlm.recipe import Recipe
-from qvlm.scales import search_scales
+from qvlm.recipe import Recipe, WeightScheme
+from qvlm.scales import OBJECTIVES, column_importance, search_scales
+from qvlm.signed_rounding import Settings as Descent
 from qvlm.signed_rounding import SoftWeight
 
-log = logging.getLogger(__name__)
-OPTIONS: Mapping[str, Any] = {
-    "scales": "block", "weights": "curvature", "temper": 0.5, "blend": 0.0,
-    "alpha": "auto", "damping": 0.01, "start": "residual", "sweeps": 4, "refits": 1,
-    "partition": "entropy", "depth": 3,
-    "steps": 200, "batch": 8, "rate": None, "scale_rate": 0.1, "loss": "both", "mix": 1.0,
-    "every": 20, "mse_weights": True,
-}
+# Samples on which the decoder's partition is decided.
+PARTITION_SAMPLES = 32
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All options with their defaults; RecipeError on a value that makes no sense."""
+
+    weights: str = "curvature"
+    temper: float = 0.5
+    scales: str = "conditional"
+    start: str = "gptq"
+    alpha: str | float = "auto"
+    damping: float = 0.01
+    sweeps: int = 4
+    refits: int = 1
+    partition: str = "entropy"
+    depth: int = 3
+    solver: str = "gradient"
+    solver_bits: int = 4
+    loss: str = "both"
+    steps: int = 100
+    batch: int = 8
+    rate: float | None = None  # of the roundings; None: 1 / steps
+    scale_rate: float = 0.1  # of the scales, as a share of rate
+    every: int = 20
+
+    def __post_init__(self) -> None:
+        choices = {
+            "weights": ("curvature", "modality", "vlmq", "uniform"),
+            "scales": (*OBJECTIVES, "max"),
+            "start": ("gptq", "gptaq", "residual", "nearest"),
+            "partition": ("entropy", "fixed"),
+            "solver": ("gradient", "grid", "none"),
+            "loss": block_rounding.LOSSES,
+        }
+        for name, known in choices.items():
+            if getattr(self, name) not in known:
+                raise RecipeError(
+                    f"option {name}: {getattr(self, name)!r}, expected one of {', '.join(known)}"
+                )
+        for name in ("depth", "steps", "batch", "every"):
+            if getattr(self, name) < 1:
+                raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected at least 1")
+        for name in ("temper", "sweeps", "refits", "scale_rate"):
+            if getattr(self, name) < 0:
+                raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
+
+    @staticmethod
+    def of(recipe: Recipe) -> Settings:
+        """The recipe's values over the defaults."""
+        gptaq.check_alpha(recipe)
+        names = {field.name for field in fields(Settings)}
+        return Settings(**{k: v for k, v in recipe.options.items() if k in names})
+
+    @property
+    def kernel(self) -> gptq.Settings:
+        """What GPTQ's sweep takes."""
+        return gptq.Settings(damping=self.damping)
+
+    @property
+    def asymmetric(self) -> bool:
+        """Does the start aim at the float stream?"""
+        return self.start in ("gptaq", "residual")
+
 
 class Fused:
-    options = OPTIONS
+    """The method ``fused``; see the module docstring."""
+
+    options: Mapping[str, Any] = {f.name: f.default for f in fields(Settings)}
+
     def prepare(self, context: Context) -> State:
-        o = {**OPTIONS, **context.recipe.options}
-        state = {}
-        linears = {n: m for c, f in context.formats.items() for n, m in context.adapter.linears(context.model, c).items() if n in f}
-        if o["weights"] == "curvature":
-            found = end_curvature(context.model, context.samples, linears, context.recipe.seed)
-            for name, parts in found.items():
-                state[f"curvature.{name}"] = torch.cat(parts).numpy()
+        """Steps 1 and 2: the curvature of every quantized linear's tokens, and the decoder's blocks."""
+        settings = Settings.of(context.recipe)
+        state: dict[str, npt.NDArray[Any]] = {}
+        if settings.weights == "curvature":
+            linears = {
+                name: linear
+                for component, formats in context.formats.items()
+                for name, linear in context.adapter.linears(context.model, component).items()
+                if name in formats
+            }
+            seed = context.recipe.seed
+            for name, parts in end_curvature(context.model, context.samples, linears, seed).items():
+                if parts:
+                    state[f"curvature.{name}"] = torch.cat(parts).numpy()
         if context.formats.get("text"):
-            from qvlm.capture import capture_stream
-            stream = capture_stream(context.model, context.adapter, "text", context.samples[:32])
-            pairs, _ = dependencies(stream, 4, 2)
-            cut = entropy.greedy_partition(pairs, o["depth"])
-            if o["partition"] == "fixed": cut = entropy.fixed_partition(len(stream.layers), o["depth"])
-            state["partition"] = np.array([(b[0], b[-1] + 1) for b in cut])
+            state["partition"] = _partition(context, settings)
         return state
 
-    def partition(self, stream: Stream, recipe: Recipe, state: State):
+    def partition(self, stream: Stream, recipe: Recipe, state: State) -> list[tuple[int, int]]:
+        """Step 2's blocks for the decoder, one layer per block elsewhere."""
         if stream.component != "text":
             return [(i, i + 1) for i in range(len(stream.layers))]
         return [(int(a), int(b)) for a, b in state["partition"]]
 
     def quantize_block(self, block: Block, recipe: Recipe, state: State) -> BlockResult:
-        o = {**OPTIONS, **recipe.options}
-        t = time.process_time()
-        results, reals = {}, {}
-        floats, quants = block.float_inputs, block.quant_inputs
+        """Steps 3 to 5."""
+        settings = Settings.of(recipe)
+        started = LayerByLayer(block, settings, state)
+        report: dict[str, Any] = {"linears": started.rows}
+        bits = [s.bits for f in block.formats.values() if (s := f.weights) is not None]
+        if settings.solver == "none" or min(bits) > settings.solver_bits:
+            return BlockResult(started.results, report)
+        last = list(block.layer_linears(block.stop - 1))[-1:]
+        weights = token_weights(block, last, settings, state) if last else None
+        loss = BlockLoss(block, started.results, started.targets, weights, settings.loss)
+        if settings.solver == "grid":
+            chosen, report["solver"] = grid_solver(loss, started.soft)
+        else:
+            rate = settings.rate or 1 / settings.steps
+            plan = Descent(
+                settings.steps,
+                settings.batch,
+                rate,
+                rate * settings.scale_rate,
+                settings.every,
+                recipe.seed,
+            )
+            chosen, report["solver"] = gradient_solver(loss, started.soft, plan)
+        return BlockResult(
+            {name: _with_weight(started.results[name], q) for name, q in chosen.items()}, report
+        )
+
+
+def _partition(context: Context, settings: Settings) -> npt.NDArray[Any]:
+    """Half-open ranges [blocks, 2] of decoder layers."""
+    stream = capture_stream(
+        context.model, context.adapter, "text", context.samples[:PARTITION_SAMPLES]
+    )
+    layers = len(stream.layers)
+    if settings.partition == "fixed" or not stream.inputs:
+        blocks = entropy.fixed_partition(layers, settings.depth)
+    else:
+        bits = [f.weights.bits for f in context.formats["text"].values() if f.weights is not None]
+        scores, _ = dependencies(stream, min(bits), 2)
+        blocks = entropy.greedy_partition(scores, settings.depth)
+    return np.array([(block[0], block[-1] + 1) for block in blocks], np.int64)
+
+
+def token_weights(
+    block: Block, names: Sequence[str], settings: Settings, state: State
+) -> list[Tensor] | None:
+    """Step 1: weights [tokens] with mean 1 of every sample for linears that share their input; None for all alike."""
+    if settings.weights == "modality":
+        return [vlmq.balanced(mask.reshape(-1)) for mask in block.image_masks]
+    if settings.weights != "curvature" or not settings.temper:
+        return None
+    found = [
+        torch.from_numpy(np.array(state[f"curvature.{name}"]))
+        for name in names
+        if f"curvature.{name}" in state
+    ]
+    found = [c / c.mean() for c in found if float(c.mean()) > 0]
+    if not found:
+        return None
+    weights = torch.stack(found).mean(0).pow(settings.temper)
+    sizes = [hidden.shape[:-1].numel() for hidden in block.quant_inputs]
+    if sum(sizes) != len(weights):
+        return (
+            None  # a linear that sees other tokens than its layer: the projector behind a selection
+        )
+    return list((weights / weights.mean()).split(sizes))
+
+
+class LayerByLayer:
+    """Step 3 on every layer of a block: ``results`` by linear, where each weight would like to be (``soft``), the
+    float block's outputs (``targets``) and a report row per linear."""
+
+    def __init__(self, block: Block, settings: Settings, state: State) -> None:
+        self.settings, self.state = settings, state
+        self.results: dict[str, QuantizedLinear] = {}
+        self.soft: dict[str, SoftWeight] = {}
+        self.rows: dict[str, dict[str, Any]] = {}
+        self.targets, quants = block.float_inputs, block.quant_inputs
         for index in range(block.start, block.stop):
             linears = block.layer_linears(index)
-            part = replace(block, start=index, stop=index + 1, linears=linears, formats={n: block.formats[n] for n in linears}, float_inputs=floats, quant_inputs=quants)
-            layer = StagedLayer(part)
-            for names in layer.stages:
-                reals.update(self._stage(layer, names, o, state))
-            results.update(layer.results)
+            part = replace(
+                block,
+                start=index,
+                stop=index + 1,
+                linears=linears,
+                formats={name: block.formats[name] for name in linears},
+                float_inputs=self.targets,
+                quant_inputs=quants,
+            )
+            layer = self._layer(part)
+            self.results.update(layer.results)
             with torch.no_grad():
-                floats = [block.stream.forward(index, h, i) for i, h in enumerate(floats)]
+                self.targets = [part.run(h, i) for i, h in enumerate(self.targets)]
                 with layer.quantized():
-                    quants = [block.stream.forward(index, h, i) for i, h in enumerate(quants)]
-        t1 = time.process_time()
-        report = {}
-        if o["steps"] and block.component == "text":
-            results, report = self._joint(block, results, reals, floats, o, state, recipe)
-        print(f"  block {block.component} {block.start}-{block.stop}: layer stage {t1-t:.1f}s joint {time.process_time()-t1:.1f}s {report}", flush=True)
-        return BlockResult(results, report)
+                    quants = [part.run(h, i) for i, h in enumerate(quants)]
 
-    def _weights(self, block, name, o, state):
-        if f"curvature.{name}" not in state or o["weights"] != "curvature": return None
-        c = torch.from_numpy(np.array(state[f"curvature.{name}"]))
-        c = c / c.mean().clamp_min(1e-30)
-        c = c.clamp_min(1e-12).pow(o["temper"])
-        c = c / c.mean()
-        c = o["blend"] + (1 - o["blend"]) * c
-        sizes = [h.shape[:-1].numel() for h in block.quant_inputs]
-        if sum(sizes) != len(c): return None
-        return list(c.split(sizes))
-
-    def _stage(self, layer, names, o, state):
-        block = layer.block
-        ws = [self._weights(block, n, o, state) for n in names]
-        weights = None
-        if ws[0] is not None:
-            shared = [sum(x) / len(ws) for x in zip(*ws)]
-            weights = {n: shared for n in names}
-        st = layer.statistics(names, asymmetric=True, weights=weights)
-        reals = {}
-        for name in names:
-            s = st[name]; scheme = block.formats[name].weights
-            w = block.linears[name].weight
-            alpha = gptaq.tied_alpha(o["alpha"], s)
-            h, _ = revive_dead(s.hessian)
-            t = target(w, h, s.cross, alpha, o["damping"])
-            settings = gptq.Settings(scales="search", damping=o["damping"])
-            scale = search_scales(t.float(), scheme, h, o["scales"]) if o["scales"] != "gptq" else None
-            if o["start"] == "residual":
-                q = gptq.gptq_matrix(t, s.hessian, scheme, settings, scale=scale).quantized
-            elif o["start"] == "gptaq":
-                q = gptq.gptq_matrix(w, s.hessian, scheme, settings, cross=s.cross, alpha=alpha, scale=scale).quantized
-            elif o["start"] == "gptq":
-                q = gptq.gptq_matrix(w, s.hessian, scheme, settings, scale=scale).quantized
+    def _layer(self, block: Block) -> StagedLayer:
+        layer = StagedLayer(block)
+        attention = self._attention(layer) if self.settings.weights == "vlmq" else None
+        for names in layer.stages:
+            weights: Mapping[str, Sequence[Tensor]] | None
+            if attention is not None:
+                weights = attention.token_weights(layer, names)
             else:
-                q = affine.quantize_weight(w.float(), scheme, scale)
-            mean = float(h.diagonal().mean())
-            damped = h + o["damping"] * mean * torch.eye(len(h), dtype=h.dtype)
-            hh = damped
-            if o["sweeps"]:
-                q = descend(q, t, hh, scheme.bits, o["sweeps"])
-                for _ in range(o["refits"]):
-                    q = descend(refit_scales(q, t, hh), t, hh, scheme.bits, o["sweeps"])
-            layer.finish(name, q)
-            reals[name] = (q, coordinate_optima(q, t, hh))
-        return reals
+                shared = token_weights(block, names, self.settings, self.state)
+                weights = None if shared is None else dict.fromkeys(names, shared)
+            found = layer.statistics(names, asymmetric=self.settings.asymmetric, weights=weights)
+            for name in names:
+                self._linear(layer, name, found[name])
+        return layer
 
-    def _joint(self, block, results, reals, float_out, o, state, recipe):
-        n = len(block.quant_inputs)
-        held = list(range(7, n, 8)); fit = [i for i in range(n) if i % 8 != 7]
-        stream = block.stream; L = len(stream.layers)
-        use_kl = o["loss"] in ("kl", "both"); use_mse = o["loss"] in ("mse", "both")
-        answers = []
-        if use_kl:
-            with torch.no_grad():
-                for i, h in enumerate(float_out):
-                    h = stream.run(block.stop, L, h, i)
-                    answers.append(stream.logits(h[:, stream.answer_masks[i][0]]).log_softmax(-1))
-        cw = None
-        if o["mse_weights"]:
-            last = [nm for nm in block.layer_linears(block.stop - 1)][-1]
-            cw = self._weights(block, last, o, state)
-        soft = {nm: SoftWeight(q, real, block.formats[nm].weights.bits) for nm, (q, real) in reals.items()}
-        energy = sum(float(((1 if cw is None else cw[i][:, None]) * float_out[i].reshape(-1, float_out[i].shape[-1]).square()).sum()) for i in fit) / len(fit)
-        def modules(weights):
-            return {nm: FakeQuantLinear(weights[nm], block.linears[nm].bias, block.formats[nm].activations,
-                    *(None if x is None else torch.as_tensor(x) for x in (results[nm].input_scale, results[nm].input_zero_point))).forward for nm in soft}
-        def losses(i, h):
-            kl = mse = torch.zeros(())
-            if use_mse:
-                e = (h - float_out[i]).reshape(-1, h.shape[-1]).square().sum(-1)
-                if cw is not None: e = e * cw[i]
-                mse = e.sum() / energy
-            if use_kl:
-                h = stream.run(block.stop, L, h, i)
-                lp = stream.logits(h[:, stream.answer_masks[i][0]]).log_softmax(-1)
-                kl = (answers[i].exp() * (answers[i] - lp)).sum(-1).mean()
-            return kl, mse
-        def total(k, m): return k / k0 + o["mix"] * m / m0 if use_kl and use_mse else (k if use_kl else m)
-        @torch.no_grad()
-        def held_loss():
-            ms = modules({nm: s.weight() for nm, s in soft.items()})
-            ks = es = 0.0
-            with substituted(block.linears, ms):
-                for i in held:
-                    k, e = losses(i, block.run(block.quant_inputs[i], i)); ks += float(k); es += float(e)
-            return ks / len(held), es / len(held)
-        k0, m0 = held_loss()
-        first = (k0, m0)
-        k0 = max(k0, 1e-12); m0 = max(m0, 1e-12)
-        best = total(k0, m0); bests = {nm: s.snapshot() for nm, s in soft.items()}; trace = [(0, *first)]
-        g = torch.Generator().manual_seed(recipe.seed)
-        rate = o["rate"] or 1.0 / o["steps"]
-        order = []
-        for step in range(o["steps"]):
-            lr = rate * (1 - step / o["steps"])
-            leaves = {nm: s.weight().requires_grad_(True) for nm, s in soft.items()}
-            ms = modules(leaves)
-            if len(order) < o["batch"]: order = [fit[j] for j in torch.randperm(len(fit), generator=g).tolist()]
-            batch, order = order[:o["batch"]], order[o["batch"]:]
-            with torch.enable_grad(), substituted(block.linears, ms):
-                for i in batch:
-                    total(*losses(i, block.run(block.quant_inputs[i], i))).backward()
-            for nm, s in soft.items():
-                s.step(leaves[nm].grad, lr, lr * o["scale_rate"])
-            if (step + 1) % o["every"] == 0 or step + 1 == o["steps"]:
-                k, m = held_loss(); v = total(k, m)
-                trace.append((step + 1, k, m))
-                if v < best: best = v; bests = {nm: s.snapshot() for nm, s in soft.items()}
-        report = {"trace": [(a, float(f"{b:.3g}"), float(f"{c:.3g}")) for a, b, c in trace]}
-        flips = sum(int((bests[nm].integers != reals[nm][0].integers).sum()) for nm in soft) / sum(bests[nm].integers.numel() for nm in soft)
-        report["flipped"] = round(flips, 4)
-        out = {nm: quantized_linear(bests[nm], block.formats[nm], *(None if x is None else torch.as_tensor(x) for x in (results[nm].input_scale, results[nm].input_zero_point))) for nm in soft}
-        return out, report
+    def _attention(self, layer: StagedLayer) -> vlmq.AttentionSolver | None:
+        """VLMQ's factors of the layer's attention; None without one."""
+        found = vlmq.find_block_attention(layer.block)
+        if found is None:
+            return None
+        settings = vlmq.Settings(self.settings.kernel, self.settings.alpha, 1, ("token",))
+        return vlmq.AttentionSolver(layer, found, settings)
+
+    def _linear(self, layer: StagedLayer, name: str, statistics: Statistics) -> None:
+        settings, scheme = self.settings, layer.block.formats[name].weights
+        assert scheme is not None
+        weight = layer.block.linears[name].weight
+        alpha = gptaq.tied_alpha(settings.alpha, statistics) if settings.asymmetric else 0.0
+        with layer.naming(name):
+            hessian, dead = revive_dead(statistics.hessian)
+            wanted = target(weight, hessian, statistics.cross, alpha, settings.damping)
+            quantized = start(weight, wanted, statistics, alpha, scheme, settings)
+        cost = damped(hessian, settings.damping)
+        if settings.sweeps:
+            quantized = descend(quantized, wanted, cost, scheme.bits, settings.sweeps)
+            for _ in range(settings.refits):
+                quantized = refit_scales(quantized, wanted, cost)
+                quantized = descend(quantized, wanted, cost, scheme.bits, settings.sweeps)
+        layer.finish(name, quantized)
+        self.soft[name] = SoftWeight(
+            quantized, coordinate_optima(quantized, wanted, cost), scheme.bits
+        )
+        self.rows[name] = {"tokens": statistics.tokens, "effective": statistics.effective_tokens}
+        if settings.asymmetric:
+            self.rows[name]["alpha"] = alpha
+        if dead:
+            self.rows[name]["dead_columns"] = dead
+
+
+def start(
+    weight: Tensor,
+    wanted: Tensor,
+    statistics: Statistics,
+    alpha: float,
+    scheme: WeightScheme,
+    settings: Settings,
+) -> QuantizedWeight:
+    """Step 3's scales and first integers of a weight [out, in] whose shifted target is ``wanted``."""
+    scale, zero = affine.weight_scales(weight.detach().float(), scheme)
+    if settings.scales != "max" and scheme.symmetric:
+        hessian, _ = revive_dead(statistics.hessian)
+        importance = column_importance(hessian, settings.scales, settings.damping)
+        scale = search_scales(weight, scheme, importance)
+    if settings.start == "nearest":
+        return affine.quantize_weight(weight.detach().float(), scheme, scale, zero)
+    residual = settings.start == "residual"
+    return gptq.gptq_matrix(
+        wanted if residual else weight,
+        statistics.hessian,
+        scheme,
+        settings.kernel,
+        cross=statistics.cross if settings.start == "gptaq" else None,
+        alpha=alpha,
+        scales=(scale, zero),
+    ).quantized
+
+
+def _with_weight(linear: QuantizedLinear, weight: QuantizedWeight) -> QuantizedLinear:
+    """The same linear with other integers and scales."""
+
+    def optional(array: npt.NDArray[Any] | None) -> Tensor | None:
+        return None if array is None else torch.from_numpy(array)
+
+    return quantized_linear(
+        weight, linear.format, optional(linear.input_scale), optional(linear.input_zero_point)
+    )
