@@ -112,8 +112,10 @@ class BlockLoss:
     def _log_answers(self, hidden: Tensor, sample: int) -> Tensor:
         """Log probabilities [answer tokens, vocab] after the float layers behind the block."""
         assert self.stream.logits is not None
-        hidden = self.stream.run(self.block.stop, len(self.stream.layers), hidden, sample)
         asked = self.stream.answer_masks[sample]
+        if not bool(asked.any()):
+            return hidden.new_zeros(0, 0)
+        hidden = self.stream.run(self.block.stop, len(self.stream.layers), hidden, sample)
         return self.stream.logits(hidden[asked][None])[0].log_softmax(-1)
 
 

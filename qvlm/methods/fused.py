@@ -59,7 +59,7 @@ PARTITION_SAMPLES = 32
 class Settings:
     """All options with their defaults; RecipeError on a value that makes no sense."""
 
-    weights: str = "curvature"
+    weights: str = "uniform"
     temper: float = 0.5
     scales: str = "conditional"
     start: str = "gptq"
