@@ -44,8 +44,9 @@ def target(
     w = weight.detach().double()
     if cross is None or alpha == 0.0:
         return w
-    shift = torch.linalg.solve(damped(hessian, damping), (w @ cross).T).T  # H is symmetric
-    return w + alpha * shift
+    shift: Tensor = torch.linalg.solve(damped(hessian, damping), (w @ cross).T).T  # H is symmetric
+    found: Tensor = w + alpha * shift
+    return found
 
 
 def row_errors(values: Tensor, wanted: Tensor, hessian: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ def refit_scales(start: QuantizedWeight, wanted: Tensor, hessian: Tensor) -> Qua
         return start
     scale, zero = _columns(start)
     grid = (start.integers.double() - zero).reshape(rows, groups, -1)
-    blocks = torch.block_diag(*torch.ones(groups, 1, grid.shape[2], dtype=torch.float64)[:, 0])
+    blocks = torch.eye(groups, dtype=torch.float64).repeat_interleave(grid.shape[2], 1)
     spread = (
         grid.reshape(rows, 1, -1) * blocks
     )  # [out, groups, in]: a row's integers, one group each

@@ -225,7 +225,7 @@ def token_weights(
         return (
             None  # a linear that sees other tokens than its layer: the projector behind a selection
         )
-    return list((weights / weights.mean()).split(sizes))
+    return list(torch.split(weights / weights.mean(), sizes))
 
 
 class LayerByLayer:

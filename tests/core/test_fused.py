@@ -14,18 +14,19 @@ import torch
 from tiny_blocks import tiny_block, tiny_stream
 from tiny_models import IMAGE_TOKEN, prompts, tiny_llava
 
+from qvlm import affine
 from qvlm.capture import Sample, Stream, capture_stream
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.errors import RecipeError
 from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.job import Job
 from qvlm.methods import METHODS, Context
-from qvlm.methods.block_rounding import BlockLoss, grid_solver, split
-from qvlm.methods.fused import LayerByLayer, Settings
+from qvlm.methods.block_rounding import RATIOS, BlockLoss, grid_solver, split
 from qvlm.methods.method import Block, State
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import Recipe, component_recipe
+from qvlm.signed_rounding import SoftWeight
 
 NOTHING: State = {}
 # Every stage off: scales by the maximum, integers by ``start`` alone.
@@ -183,19 +184,28 @@ def test_answers_loss_is_the_models_own_divergence() -> None:
 
 
 def test_grid_solver_searches_scales_and_keeps_the_better() -> None:
-    block = two_layers()
+    block = tiny_block(tiny_stream("text", 3), "w3a16", error=0.05)
     found = quantized(block, "fused", solver="grid", **NEAREST)
     before, after = found.report["solver"]["held_out"]
     start = quantized(block, "fused", solver="none", **NEAREST).linears
     assert same(found.linears, start) == (after >= before)
-    # Scales far too wide: the search must leave them, and the held-out loss must agree.
-    wide = LayerByLayer(block, Settings(scales="max", sweeps=0, start="nearest"), NOTHING)
-    for soft in wide.soft.values():
-        soft.start = replace(soft.start, scale=(1.06 * soft.start.scale).half().float())
-    loss = BlockLoss(block, wide.results, wide.targets, None, "output")
-    chosen, report = grid_solver(loss, wide.soft)
-    assert report["choice"] != [0, 0] and report["held_out"][1] < report["held_out"][0]
-    assert not any(torch.equal(chosen[n].scale, s.start.scale) for n, s in wide.soft.items())
+    # A grid 1.4 times as coarse as the largest weight needs: a finer one is better for every layer.
+    coarse = {}
+    for name, linear in block.linears.items():
+        scheme = block.formats[name].weights
+        assert scheme is not None
+        scale, _ = affine.weight_scales(linear.weight, scheme, 1.4)
+        optima = linear.weight / scale.repeat_interleave(128, 1)
+        coarse[name] = SoftWeight(
+            affine.quantize_weight(linear.weight, scheme, scale), optima, scheme.bits
+        )
+    with torch.no_grad():
+        targets = [block.run(h, i) for i, h in enumerate(block.float_inputs)]
+    loss = BlockLoss(block, start, targets, None, "output")
+    chosen, report = grid_solver(loss, coarse)
+    assert RATIOS[report["choice"][0]] < 1 and report["held_out"][1] < report["held_out"][0]
+    for name, soft in coarse.items():
+        assert bool((chosen[name].scale < soft.start.scale).all())
 
 
 def test_one_sample_is_quantized_and_not_refined() -> None:
