@@ -11,9 +11,8 @@ Objective for a group of a row with weights w, H = sum c u u':
 Q_s rounds to nearest and saturates. H carries the token weights, so a mix of modalities or VLMQ's factors need no
 code here.
 
-1. Candidates: ``FACTORS`` times max|w| / qmax, from 1 down to ``LEAST`` of the bits. For Gaussian weights the best of
-   a group of 128 is near 0.4, 0.7 and 0.9 at 2, 3 and 4 bits; the floor lies below that, because d comes from samples:
-   a column that is quiet there and loud elsewhere must not lose most of its largest weight.
+1. Candidates: ``FACTORS`` times max|w| / qmax. They reach down to a fifth because a grid of two bits has one positive
+   point: the best step for Gaussian weights is about a third of the largest of 128.
 2. The best candidate of each group; ties keep the larger scale.
 
 What we do differently from the range search of ``ranges``: "conditional", and room for two bits. Two searches were
@@ -35,16 +34,8 @@ from qvlm.errors import RecipeError
 from qvlm.hessian import inverse_factor
 from qvlm.recipe import WeightScheme
 
-FACTORS = tuple(1.0 - 0.02 * i for i in range(36))
-# Smallest factor tried, by bits; the last one from four bits on.
-LEAST = {2: 0.3, 3: 0.5, 4: 0.6}
+FACTORS = tuple(1.0 - 0.02 * i for i in range(41))
 OBJECTIVES = ("conditional", "diagonal")
-
-
-def candidates(scheme: WeightScheme) -> tuple[float, ...]:
-    """The factors tried for a scheme, largest first."""
-    least = LEAST[min(scheme.bits, max(LEAST))]
-    return tuple(factor for factor in FACTORS if factor >= least - 1e-9)
 
 
 def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor) -> Tensor:
@@ -58,7 +49,7 @@ def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor) -> T
     d = importance.float()
     best: Tensor | None = None
     chosen: Tensor | None = None
-    for factor in candidates(scheme):
+    for factor in FACTORS:
         scale, _ = affine.weight_scales(w, scheme, factor)
         error = affine.fake_quantize_weight(w, scheme, scale) - w
         cost = affine.grouped(error.square() * d, scheme).sum(-1)

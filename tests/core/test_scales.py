@@ -15,7 +15,7 @@ from qvlm import affine
 from qvlm.errors import RecipeError
 from qvlm.methods.gptq import gptq_matrix
 from qvlm.recipe import WeightScheme
-from qvlm.scales import candidates, column_importance, search_scales
+from qvlm.scales import FACTORS, column_importance, search_scales
 
 
 @pytest.mark.parametrize("scheme", [WeightScheme(2, "group", 8), WeightScheme(3, "channel", None)])
@@ -29,7 +29,7 @@ def test_search_is_the_textbook(scheme: WeightScheme) -> None:
             values = weight[row].double().numpy()
             top = max(abs(values[c]) for c in columns)
             costs = {}
-            for factor in candidates(scheme):
+            for factor in FACTORS:
                 scale = float(np.float16(np.float32(top) * np.float32(factor) / np.float32(qmax)))
                 costs[scale] = sum(
                     importance[c]
