@@ -6,8 +6,8 @@ around it, which is how a method sees a block of layers. Nothing here quantizes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -95,6 +95,9 @@ class Stream:
     samples[i] is its index in the calibration list, inputs[i] the hidden state entering layer 0 ([1, S, hidden] for
     text, [N, tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden state, image_masks[i]
     bool of inputs[i].shape[:-1] (all True in vision and projector).
+
+    Text only: answer_masks[i] bool of inputs[i].shape[:-1], True where the logits predict a token of the answer;
+    ``logits`` turns the hidden state that leaves the last layer, any tokens of it, into logits.
     """
 
     component: str
@@ -104,6 +107,8 @@ class Stream:
     inputs: list[Tensor]
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
     image_masks: list[Tensor]
+    answer_masks: list[Tensor] = field(default_factory=list)
+    logits: Callable[[Tensor], Tensor] | None = None
 
     def expect_inputs(self) -> None:
         """CalibrationError if no sample reaches the component."""
@@ -139,6 +144,8 @@ def capture_stream(
     names = adapter.layer_names(model, component)
     layers = tuple(model.get_submodule(name) for name in names)
     stream = Stream(component, names, layers, (), [], [], [])
+    if component == "text":
+        stream.logits = _tail(model, adapter)
     for number, sample in enumerate(samples):
         seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
         first: list[Tensor] = []
@@ -163,7 +170,44 @@ def capture_stream(
             stream.inputs.append(first[0])
             stream.arguments.append(seen)
             stream.image_masks.append(_image_mask(component, sample, first[0]))
+            if component == "text":
+                predicts = torch.zeros(first[0].shape[:-1], dtype=torch.bool)
+                predicts[..., :-1] = sample.answer_mask[1:]
+                stream.answer_masks.append(predicts)
     return stream
+
+
+def _tail(model: nn.Module, adapter: Adapter) -> Callable[[Tensor], Tensor]:
+    """What follows the last text layer, as a function [batch, tokens, hidden] -> logits.
+
+    The module that owns the layers runs with every layer passing its input through, so the norm it ends with (and
+    whatever else a family puts there) is its own.
+    """
+    path = adapter.text_layers.rpartition(".")[0]
+    owner, head = model.get_submodule(path), model.get_submodule(adapter.head)
+    layers = list(model.get_submodule(adapter.text_layers).children())
+
+    def logits(hidden: Tensor) -> Tensor:
+        with _passing(layers):
+            found: Tensor = owner(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        result: Tensor = head(found)
+        return result
+
+    return logits
+
+
+@contextmanager
+def _passing(layers: Sequence[nn.Module]) -> Iterator[None]:
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return hidden
+
+    for layer in layers:
+        layer.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.__dict__.pop("forward", None)
 
 
 def capture_inputs(model: nn.Module, layer: nn.Module, samples: Sequence[Sample]) -> list[Tensor]:

@@ -71,6 +71,12 @@ def revive_dead(hessian: Tensor) -> tuple[Tensor, int]:
     return hessian + torch.diag(dead.to(hessian.dtype) * fill), count
 
 
+def damped(hessian: Tensor, damping: float) -> Tensor:
+    """H + damping mean(diag H) I."""
+    mean = float(hessian.diagonal().mean())
+    return hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
+
+
 def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
     """Upper R [in, in] with R'R = (H + damping mean(diag H) I)^-1, and the damping that was used.
 
@@ -83,10 +89,8 @@ def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
             "inputs are not finite. Look for an overflow in the float model on these samples."
         )
     identity = torch.eye(len(hessian), dtype=hessian.dtype)
-    mean = float(hessian.diagonal().mean())
     for factor in DAMPING_LADDER:
-        damped = hessian + damping * factor * mean * identity
-        lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping * factor).flip(0, 1))
         if not int(failed):
             upper = lower.flip(0, 1)
             return torch.linalg.solve_triangular(upper, identity, upper=True), damping * factor

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from qvlm.methods import awq, gptaq, gptq, q_vlm, rotate, rtn, smoothquant, vlmq
+from qvlm.methods import awq, fused, gptaq, gptq, q_vlm, rotate, rtn, smoothquant, vlmq
 from qvlm.methods.method import Block, BlockResult, Context, Method, State, Transform
 
 __all__ = [
@@ -24,6 +24,7 @@ METHODS: dict[str, Method] = {
     "gptaq": gptaq.Gptaq(),
     "vlmq": vlmq.Vlmq(),
     "q-vlm": q_vlm.QVlm(),
+    "fused": fused.Fused(),
     "awq": awq.ClipSearch(awq.OPTIONS),
     "mbq": awq.ClipSearch(awq.BALANCED),
     "smoothquant": rtn.RoundToNearest(),

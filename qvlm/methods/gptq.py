@@ -92,16 +92,20 @@ def gptq_matrix(
     *,
     cross: Tensor | None = None,
     alpha: float = 1.0,
+    scales: tuple[Tensor, Tensor | None] | None = None,
 ) -> Solution:
     """Quantize a weight [out, in] given H [in, in]. Steps 2 to 6.
 
     cross: D [in, in] of ``hessian.Statistics``, then each column also moves the later ones towards the float stream's
     output, by ``alpha`` of the full correction (GPTAQ). Without it, or with D = 0, this is GPTQ.
+    scales: scale and zero point in place of step 2.
     Raises CalibrationError as ``inverse_factor``.
     """
     w = weight.detach().double()
     h, dead = revive_dead(hessian.double())  # 3
-    scale, zero = _scales(weight.detach().float(), h.diagonal(), scheme, settings.scales)  # 2
+    if scales is None:  # 2
+        scales = _scales(weight.detach().float(), h.diagonal(), scheme, settings.scales)
+    scale, zero = scales
     order = torch.arange(len(h))
     if settings.act_order:  # 4
         order = torch.argsort(h.diagonal(), descending=True, stable=True)

@@ -2,13 +2,15 @@
 
 Objective: none beyond the range. Each weight goes to the nearest point of a uniform grid that spans its group.
 
-1. Scale of each group of a weight: s = max|w| / (2^(bits-1) - 1), rounded to float16.
+1. Scale of each group of a weight: s = max|w| / (2^(bits-1) - 1), rounded to float16. With option ``scales``
+   "search": the scale of least sum_c H_cc (w_c - Q(w_c))^2, H_cc the energy of input channel c over all tokens
+   (``scales.search_scales``; symmetric formats).
 2. Integers: q = clip(round_half_even(w / s)).
 3. If the format fixes activation scales (static), the range of each linear's input is its minimum and maximum over
    all calibration tokens; the layers before it are quantized, the linears of its own layer not yet.
 
-Layers are independent, so a block is one layer. Samples matter to step 3 only. Cost: one forward per layer and sample
-for static activations, otherwise one pass over the weights.
+Layers are independent, so a block is one layer. Samples matter to step 3 and to the search only. Cost: one forward
+per layer and sample for each of these, otherwise one pass over the weights.
 """
 
 from __future__ import annotations
@@ -23,8 +25,12 @@ from qvlm import affine
 from qvlm.affine import ActivationRange, QuantizedWeight
 from qvlm.capture import Stream, linear_inputs
 from qvlm.checkpoint import QuantizedLinear
+from qvlm.errors import RecipeError
 from qvlm.methods.method import Block, BlockResult, Context, State
 from qvlm.recipe import Format, Recipe
+from qvlm.scales import search_scales
+
+OPTIONS: Mapping[str, Any] = {"scales": "max"}  # max, search
 
 
 def quantized_linear(
@@ -45,13 +51,20 @@ def quantized_linear(
 
 
 def round_to_nearest(
-    weight: Tensor, format_: Format, inputs: ActivationRange | None = None, clip: float = 1.0
+    weight: Tensor,
+    format_: Format,
+    inputs: ActivationRange | None = None,
+    clip: float = 1.0,
+    scale: Tensor | None = None,
 ) -> QuantizedLinear:
-    """One weight [out, in] by steps 1 and 2; ``inputs`` is needed if the format's activations are static."""
+    """One weight [out, in] by steps 1 and 2; ``inputs`` is needed if the format's activations are static.
+
+    scale: searched scales of a symmetric format, in place of ``clip`` times the maximum.
+    """
     scheme, activations = format_.weights, format_.activations
     if scheme is None:
         raise ValueError(f"format {format_.name!r} quantizes no weight")
-    quantized = affine.quantize_weight(weight.detach(), scheme, clip=clip)
+    quantized = affine.quantize_weight(weight.detach(), scheme, scale, clip=clip)
     if activations is None or not activations.static:
         return quantized_linear(quantized, format_)
     if inputs is None:
@@ -87,13 +100,37 @@ def input_ranges(block: Block, index: int, hidden: list[Tensor]) -> dict[str, Ac
     return ranges
 
 
+def searched_scales(block: Block, index: int, hidden: list[Tensor]) -> dict[str, Tensor]:
+    """Step 1's search for every symmetric linear of layer ``index``, given its inputs."""
+    linears = {
+        name: linear
+        for name, linear in block.layer_linears(index).items()
+        if (scheme := block.formats[name].weights) is not None and scheme.symmetric
+    }
+    energy: dict[str, Tensor] = {}
+    for sample, state in enumerate(hidden):
+        seen, _ = linear_inputs(block.stream, index, linears, state, sample)
+        for name, x in seen.items():
+            part = x.reshape(-1, x.shape[-1]).float().square().sum(0)
+            energy[name] = energy[name] + part if name in energy else part
+    found = {}
+    for name, sums in energy.items():
+        scheme = block.formats[name].weights
+        assert scheme is not None
+        found[name] = search_scales(linears[name].weight, scheme, sums)
+    return found
+
+
 class RoundToNearest:
     """The method ``rtn``."""
 
-    options: Mapping[str, Any] = {}
+    options: Mapping[str, Any] = OPTIONS
 
     def prepare(self, context: Context) -> State:
-        """Nothing to prepare."""
+        """Checks the option; prepares nothing."""
+        scales = context.recipe.options.get("scales", OPTIONS["scales"])
+        if scales not in ("max", "search"):
+            raise RecipeError(f"option scales: {scales!r}, expected max or search")
         return {}
 
     def partition(self, stream: Stream, recipe: Recipe, state: State) -> list[tuple[int, int]]:
@@ -103,9 +140,14 @@ class RoundToNearest:
     def quantize_block(self, block: Block, recipe: Recipe, state: State) -> BlockResult:
         """Each linear on its own."""
         ranges = input_ranges(block, block.start, block.quant_inputs)
+        scales: dict[str, Tensor] = {}
+        if recipe.options.get("scales", OPTIONS["scales"]) == "search":
+            scales = searched_scales(block, block.start, block.quant_inputs)
         return BlockResult(
             {
-                name: round_to_nearest(linear.weight, block.formats[name], ranges.get(name))
+                name: round_to_nearest(
+                    linear.weight, block.formats[name], ranges.get(name), scale=scales.get(name)
+                )
                 for name, linear in block.linears.items()
             },
             {},

@@ -110,7 +110,8 @@ class StagedLayer:
         linears = {name: block.linears[name] for name in names}
         self._find_ranges(names)
         keys: dict[str, Any] = {
-            name: name if weights is not None else block.formats[name].activations for name in names
+            name: (block.formats[name].activations, None if weights is None else id(weights[name]))
+            for name in names
         }
         shared = {
             keys[name]: Statistics(linear.in_features, asymmetric)

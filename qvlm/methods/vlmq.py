@@ -190,6 +190,23 @@ class AttentionSolver:
             return [0.5 + 0.5 * g.pow(p) for g in factors]
         return [balanced(mask.reshape(-1)) for mask in self.layer.block.image_masks]
 
+    def token_weights(
+        self, layer: StagedLayer, names: Sequence[str]
+    ) -> dict[str, list[Tensor]] | None:
+        """Weights c by rule "token" on all samples for a stage of ``layer``; None for one outside the attention."""
+        factors = self.factors
+        if list(names) == [self.attention.output]:
+            factors = {self.attention.output: self._output_factors(layer)}
+        if not set(names) <= set(factors):
+            return None
+        channels = layer.block.linears[names[0]].in_features
+        return {
+            name: importance.tempered(
+                self._weights(factors[name], "token"), channels, range(self.count)
+            )[0]
+            for name in names
+        }
+
     def solve(self, rule: str, samples: Sequence[int]) -> tuple[StagedLayer, dict[str, Any]]:
         """Steps 2 to 4 under one rule: the layer with its attention quantized, and a row per linear."""
         layer = self.layer.fork()

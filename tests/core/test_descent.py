@@ -1,0 +1,141 @@
+"""Coordinate descent never raises its objective, ends where no single integer helps, and knows the true optimum.
+
+python -m pytest tests/core/test_descent.py
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from problems import error, problem
+
+from qvlm import affine
+from qvlm.affine import QuantizedWeight
+from qvlm.descent import coordinate_optima, descend, refit_scales, target
+from qvlm.hessian import damped
+from qvlm.methods.gptq import gptq_matrix
+from qvlm.recipe import WeightScheme
+
+SCHEMES = (
+    WeightScheme(2, "group", 16),
+    WeightScheme(4, "group", 16),
+    WeightScheme(3, "channel", None),
+    WeightScheme(4, "tensor", None),
+    WeightScheme(3, "group", 16, symmetric=False),
+)
+
+
+def test_target_is_the_least_squares_solution() -> None:
+    weight, f, u, hessian, cross = problem()
+    found = target(weight, hessian, cross, 1.0, 0.0)
+    # The continuous minimiser of |t U' - W F'|, by numpy from the tokens themselves.
+    wanted = np.linalg.lstsq(u.numpy(), (f @ weight.double().T).numpy(), rcond=None)[0].T
+    # Condition number of H about 1e6 times float64's 1e-16 and a margin of ten.
+    np.testing.assert_allclose(found.numpy(), wanted, rtol=0, atol=1e-9)
+
+
+def test_no_drift_or_no_alpha_is_the_weight() -> None:
+    weight, _, _, hessian, cross = problem()
+    assert torch.equal(target(weight, hessian, None, 1.0, 0.01), weight.double())
+    assert torch.equal(target(weight, hessian, cross, 0.0, 0.01), weight.double())
+    assert torch.equal(target(weight, hessian, 0 * cross, 1.0, 0.01), weight.double())
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_each_step_lowers_the_error_from_any_start(scheme: WeightScheme) -> None:
+    weight, _, _, hessian, cross = problem()
+    wanted = target(weight, hessian, cross, 1.0, 0.01)
+    for begin in (
+        affine.quantize_weight(weight, scheme),
+        gptq_matrix(weight, hessian, scheme).quantized,
+    ):
+        before = error(begin, wanted, hessian)
+        after = error(moved := descend(begin, wanted, hessian, scheme.bits, 3), wanted, hessian)
+        # dequantize is float32: its rounding of each value is 2^-24 of it.
+        assert (after <= before * (1 + 1e-5)).all() and after.sum() < before.sum()
+        assert torch.equal(moved.scale, begin.scale)
+        fitted = refit_scales(moved, wanted, hessian)
+        assert (error(fitted, wanted, hessian) <= after * (1 + 1e-5)).all()
+        assert torch.equal(fitted.scale, fitted.scale.half().float())
+        if scheme.granularity != "tensor":
+            assert error(fitted, wanted, hessian).sum() < after.sum()
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_it_ends_where_no_integer_helps(scheme: WeightScheme) -> None:
+    weight, _, _, hessian, _ = problem(rows=4)
+    wanted = weight.double()
+    begin = affine.quantize_weight(weight, scheme)
+    found = descend(begin, wanted, hessian, scheme.bits, 100)
+    least = error(found, wanted, hessian)
+    qmin, qmax = affine.integer_range(scheme.bits)
+    for c in range(weight.shape[1]):  # brute force: every other integer in every place
+        for q in range(qmin, qmax + 1):
+            integers = found.integers.clone()
+            integers[:, c] = q
+            other = error(QuantizedWeight(integers, found.scale, found.zero_point), wanted, hessian)
+            assert (other >= least * (1 - 1e-5)).all()
+    nearest = coordinate_optima(found, wanted, hessian).round().clamp(qmin, qmax)
+    assert torch.equal(nearest, found.integers.double())
+
+
+def test_tiny_problem_against_all_combinations() -> None:
+    """Two columns of two bits: descent from round to nearest, against the best of all 16 pairs."""
+    scheme, hessian = (
+        WeightScheme(2, "channel", None),
+        torch.tensor([[1.0, 0.3], [0.3, 1.0]]).double(),
+    )
+    weight = torch.tensor([[0.9, -0.44], [0.2, 0.8], [-1.3, 0.6]])
+    begin = affine.quantize_weight(weight, scheme)
+    found = error(descend(begin, weight.double(), hessian, 2, 10), weight.double(), hessian)
+    best = torch.full((3,), torch.inf, dtype=torch.float64)
+    for a in range(-2, 2):
+        for b in range(-2, 2):
+            pair = torch.tensor([[a, b]], dtype=torch.int8).expand(3, 2)
+            best = torch.minimum(
+                best, error(QuantizedWeight(pair, begin.scale), weight.double(), hessian)
+            )
+    torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
+
+
+def test_blocks_of_columns_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, _, _, hessian, _ = problem()
+    scheme = WeightScheme(3, "group", 16)
+    begin = affine.quantize_weight(weight, scheme)
+    results = []
+    for columns in (1, 7, 48, 64):
+        monkeypatch.setattr("qvlm.descent.COLUMNS", columns)
+        results.append(descend(begin, weight.double(), hessian, 3, 5).integers)
+    assert all(torch.equal(results[0], other) for other in results[1:])
+
+
+def test_uncorrelated_inputs_leave_round_to_nearest() -> None:
+    weight, *_ = problem()
+    hessian = torch.diag(torch.rand(48).double() + 0.1)
+    begin = affine.quantize_weight(weight, WeightScheme(4, "group", 16))
+    assert torch.equal(descend(begin, weight.double(), hessian, 4, 5).integers, begin.integers)
+
+
+def test_scales_of_an_exact_weight_are_found_again() -> None:
+    """Integers times scales is the target: the re-fit of other scales returns the true ones."""
+    generator = torch.Generator().manual_seed(0)
+    integers = torch.randint(-7, 8, (5, 32), generator=generator).to(torch.int8)
+    true = torch.tensor([0.25, 0.5]).expand(5, 2).contiguous()
+    wanted = affine.dequantize(QuantizedWeight(integers, true)).double()
+    *_, hessian, _ = problem(columns=32)
+    found = refit_scales(QuantizedWeight(integers, true * 1.25), wanted, hessian)
+    assert torch.equal(found.scale, true)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_beats_gptq_and_round_to_nearest_on_held_out_tokens(bits: int) -> None:
+    scheme = WeightScheme(bits, "group", 16)
+    for seed in range(3):
+        weight, f, _, _, _ = problem(rows=32, tokens=4000, seed=seed)
+        hessian, held = f[:2000].T @ f[:2000], f[2000:].T @ f[2000:]
+        nearest = affine.quantize_weight(weight, scheme)
+        swept = gptq_matrix(weight, hessian, scheme).quantized
+        found = descend(swept, weight.double(), damped(hessian, 0.01), bits, 10)
+        errors = [float(error(q, weight.double(), held).sum()) for q in (found, swept, nearest)]
+        assert errors[0] < errors[1] < errors[2]
