@@ -219,7 +219,8 @@ def test_one_sample_is_quantized_and_not_refined() -> None:
 def test_token_weights_change_the_integers(weights: str) -> None:
     model = tiny_llava()
     context_samples = samples(3, model)
-    plan = recipe("fused", weights=weights, solver="none", partition="fixed", depth=2, sweeps=0)
+    options = {"weights": weights, "solver": "none", "partition": "fixed", "depth": 2, "sweeps": 0}
+    plan = component_recipe("w4a16", "float", "float", method="fused", options=options)
     formats = resolve(model, ADAPTERS["llava"], plan)
     context = Context(model, ADAPTERS["llava"], context_samples, plan, formats)
     state = METHODS["fused"].prepare(context)
@@ -227,7 +228,9 @@ def test_token_weights_change_the_integers(weights: str) -> None:
     assert METHODS["fused"].partition(stream, plan, state) == [(0, 2)]
     block = two_layers(count=3)
     weighted = METHODS["fused"].quantize_block(block, plan, state).linears
-    assert not same(weighted, quantized(block, "fused", solver="none", sweeps=0).linears)
+    uniform = quantized(block, "fused", solver="none", sweeps=0).linears
+    # VLMQ's guard: 72 tokens for 384 channels carry no weights, so they stay equal.
+    assert same(weighted, uniform) == (weights == "vlmq")
 
 
 def test_whole_model_on_every_component() -> None:

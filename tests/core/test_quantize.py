@@ -251,7 +251,7 @@ BAD: dict[str, tuple[Recipe, str]] = {
         r"Use group_size 32",
     ),
     "method": (replace(RECIPES["w4a16"], method="magic"), "method 'magic' is unknown. Known: rtn"),
-    "option": (RECIPES["w4a16"].with_options(depth=3), "unknown option 'depth'. Known: none"),
+    "option": (RECIPES["w4a16"].with_options(depth=3), "unknown option 'depth'. Known: scales"),
 }
 
 
