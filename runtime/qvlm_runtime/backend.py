@@ -2,7 +2,9 @@
 
 An engine owns its memory (``Buffer``), so a cache lives where the engine computes and the same
 cache code drives a CPU and a GPU. A ``Binding`` belongs to one generation; a ``Session`` is shared
-by all of them and is safe to use from several threads, each with its own binding.
+by all of them and is safe to use from several threads, each with its own binding. Sessions of one
+backend share their memory: a buffer of one may be placed in a binding of another, so image features
+go from the vision graph to the decoder without leaving the device.
 """
 
 from __future__ import annotations
@@ -26,6 +28,11 @@ Array = NDArray[Any]
 FAST = 4
 EXACT = 1
 
+# Engines that run graphs, and engines that run plans built for one GPU.
+GRAPH_BACKENDS = ("ort", "ort-cuda")
+PLAN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+BACKENDS = GRAPH_BACKENDS + PLAN_BACKENDS
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -33,6 +40,16 @@ class TensorInfo:
 
     dtype: str
     shape: tuple[int | None, ...]
+
+
+@dataclass(frozen=True)
+class DeviceArray:
+    """A dense C-ordered array in another library's CUDA memory. ``owner`` keeps it alive."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: Any
 
 
 class Buffer(Protocol):
@@ -75,6 +92,12 @@ class Session(Protocol):
     def buffer(self, elements: int, dtype: str) -> Buffer:
         """Allocate ``elements`` zeros."""
 
+    def upload(self, array: Array) -> Buffer:
+        """A buffer that holds a host array's elements. The array must not change afterwards."""
+
+    def borrow(self, array: DeviceArray) -> Buffer:
+        """A buffer over memory of another library. SessionError if it is not this engine's kind."""
+
     def binding(self) -> Binding:
         """A fresh binding, for one thread."""
 
@@ -85,12 +108,21 @@ class Session(Protocol):
 def open_session(
     path: Path, *, threads: int | None = None, accuracy_level: int = FAST, backend: str = "ort"
 ) -> Session:
-    """Open a graph. ``threads`` None leaves the number to the engine. SessionError if it fails."""
-    if backend != "ort":
-        raise SessionError(f"{path}: no backend {backend!r}, expected 'ort'")
-    from qvlm_runtime.ort import OrtSession
+    """Open a graph (backends ort, ort-cuda) or a plan (tensorrt, tensorrt-rtx).
 
-    return OrtSession(path, threads=threads, accuracy_level=accuracy_level)
+    ``threads`` None leaves the number to the engine. SessionError if it fails.
+    """
+    if backend in GRAPH_BACKENDS:
+        from qvlm_runtime.ort import OrtSession
+
+        return OrtSession(
+            path, threads=threads, accuracy_level=accuracy_level, cuda=backend == "ort-cuda"
+        )
+    if backend in PLAN_BACKENDS:
+        from qvlm_runtime.trt import TrtSession
+
+        return TrtSession(path, backend)
+    raise SessionError(f"{path}: no backend {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def missing_tensors(

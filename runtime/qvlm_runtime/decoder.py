@@ -7,11 +7,12 @@ and the evaluation use it to replay a prompt token by token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qvlm_runtime.backend import Array, Session, as_host, missing_tensors
+from qvlm_runtime.backend import Array, Buffer, Session, as_host, missing_tensors
 from qvlm_runtime.cache import cache_tensors, make_cache
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
@@ -25,6 +26,14 @@ def position_ids(start: int, count: int) -> NDArray[np.int64]:
     The only place that decides positions; a family with rotary sections (M-RoPE) replaces it.
     """
     return np.arange(start, start + count, dtype=np.int64)[None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Image features where the engine computes: ``rows`` times hidden_size elements."""
+
+    buffer: Buffer
+    rows: int
 
 
 class Decoder:
@@ -51,10 +60,11 @@ class Decoder:
         scatter = self.target.cache == "scatter"
         return self.session.inputs["past_key_0"].shape[2] if scatter else None
 
-    def start(self, capacity: int, features: Array | None = None) -> DecoderState:
+    def start(self, capacity: int, features: Features | Array | None = None) -> DecoderState:
         """Begin a sequence with room for ``capacity`` rows.
 
-        features: F [M, hidden], the rows image_index counts; None for a prompt without images.
+        features: F [M, hidden], the rows image_index counts, on the host or where the engine
+        computes; None for a prompt without images.
         PromptError if capacity exceeds ``max_rows``.
         """
         if capacity > self.max_rows:
@@ -68,13 +78,17 @@ class Decoder:
 class DecoderState:
     """The state of one sequence: its cache, its binding and the buffers of a decode step."""
 
-    def __init__(self, decoder: Decoder, capacity: int, features: Array | None) -> None:
+    def __init__(self, decoder: Decoder, capacity: int, features: Features | Array | None) -> None:
         model, dtype = decoder.model, decoder.target.dtype
         self._cache = make_cache(decoder.session, model, decoder.target, capacity)
         self._binding = decoder.session.binding()
         if features is None:
             features = np.zeros((1, model.hidden_size), dtype)
-        self._binding.host("image_features", as_host(features, dtype))
+        if not isinstance(features, Features):
+            buffer = decoder.session.upload(as_host(features, dtype))
+            features = Features(buffer, len(features))
+        shape = (features.rows, model.hidden_size)
+        self._binding.place("image_features", features.buffer, 0, shape)
         self._logits = np.empty((1, 1, model.vocab_size), dtype)
         self._binding.fetch("logits", self._logits)
         # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
