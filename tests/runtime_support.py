@@ -151,6 +151,9 @@ class FakeSession:
         buffer.array[:] = array.reshape(-1)
         return buffer
 
+    def join(self, buffers: Sequence[FakeBuffer]) -> FakeBuffer:
+        return self.upload(np.concatenate([buffer.array for buffer in buffers]))
+
     def binding(self) -> FakeBinding:
         return FakeBinding(self)
 

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from qvlm.checkpoint import Checkpoint, Golden
+from qvlm.errors import ExportError
 from qvlm.recipe import COMPONENTS
 
 SCHEMA = 1
@@ -59,6 +60,18 @@ class Report:
         for row, component in zip(data["components"], self.components, strict=True):
             row["bits_per_weight"] = round(component.bits_per_weight, 4)
         return json.dumps(data, indent=2, sort_keys=True) + "\n"
+
+    @staticmethod
+    def from_json(text: str, where: str) -> Report:
+        """What ``to_json`` wrote; ExportError for anything else."""
+        try:
+            data = json.loads(text)
+            for row in data["components"]:
+                del row["bits_per_weight"]
+            data["components"] = [ComponentRow(**row) for row in data["components"]]
+            return Report(**data)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{where}: not a report ({error!r}). Export again.") from error
 
 
 def component_rows(checkpoint: Checkpoint) -> list[ComponentRow]:
@@ -280,7 +293,7 @@ _SECTIONS = {
     "graphs": "Graphs as written, external data included.",
     "verify": "Replay of the goldens through ONNX Runtime: error of each output and its bound.",
     "greedy": "Greedy tokens through both graphs against the goldens.",
-    "engines": "Engines compiled ahead of time, kernels checked.",
+    "engines": "Engines, with the kernels of each profile; integer products checked in the compiler's list.",
     "rules": "TensorRT rules: findings below the level of an error.",
 }
 

@@ -95,6 +95,9 @@ class Session(Protocol):
     def upload(self, array: Array) -> Buffer:
         """A buffer that holds a host array's elements. The array must not change afterwards."""
 
+    def join(self, buffers: Sequence[Buffer]) -> Buffer:
+        """A new buffer with the elements of several of one dtype, one behind the other."""
+
     def borrow(self, array: DeviceArray) -> Buffer:
         """A buffer over memory of another library. SessionError if it is not this engine's kind."""
 

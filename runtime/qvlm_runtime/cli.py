@@ -12,7 +12,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from qvlm_runtime.backend import EXACT, FAST
+from qvlm_runtime.backend import BACKENDS, EXACT, FAST
 from qvlm_runtime.errors import RuntimeFault
 from qvlm_runtime.model import Generation, load
 
@@ -27,7 +27,8 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", metavar="OUT", help="folder written by qvlm-export")
     add("prompt", metavar="PROMPT", help="the question")
     add("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    add("--target", help="which target's graphs (default: ort, or the only one)")
+    add("--target", help="default: one with engines for this GPU, ort, or the only one")
+    add("--backend", choices=BACKENDS, help="default: engines built for this GPU, else ort")
     add("--max-new-tokens", type=int, metavar="N", help="default: 256, or what the cache holds")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")
@@ -47,6 +48,7 @@ def _answer(args: argparse.Namespace) -> Generation:
     with load(
         args.folder,
         args.target,
+        backend=args.backend,
         threads=args.threads,
         accuracy_level=level,
         verify=not args.no_verify,

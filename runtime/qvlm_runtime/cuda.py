@@ -149,6 +149,10 @@ class Device:
         """Wait for everything enqueued."""
         self._call("cudaStreamSynchronize", self._stream)
 
+    def synchronize_all(self) -> None:
+        """Wait for every stream of the process, also those of other libraries."""
+        self._call("cudaDeviceSynchronize")
+
     def capture(self, enqueue: Callable[[], None]) -> Any:
         """An executable CUDA graph of what ``enqueue`` puts on the stream; nothing runs yet."""
         cuda = self._cuda

@@ -35,6 +35,14 @@ class Features:
     buffer: Buffer
     rows: int
 
+    @staticmethod
+    def join(session: Session, pieces: Sequence[Features]) -> Features:
+        """The features of several images one behind the other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        buffer = session.join([piece.buffer for piece in pieces])
+        return Features(buffer, sum(piece.rows for piece in pieces))
+
 
 class Decoder:
     """An opened decoder graph. Shared by all sequences; holds nothing that changes."""

@@ -18,10 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from qvlm_runtime import image as image_processing
-from qvlm_runtime.backend import FAST, Array, Session, as_host, missing_tensors, open_session
+from qvlm_runtime.backend import (
+    FAST,
+    PLAN_BACKENDS,
+    Array,
+    DeviceArray,
+    Session,
+    as_host,
+    missing_tensors,
+    open_session,
+)
 from qvlm_runtime.chat import ChatTemplate, Message, chat
-from qvlm_runtime.decoder import Decoder
-from qvlm_runtime.errors import FolderError, PromptError
+from qvlm_runtime.decoder import Decoder, Features
+from qvlm_runtime.device_array import device_array
+from qvlm_runtime.engines import GRAPHS, Choice, choose
+from qvlm_runtime.errors import ImageError, PromptError
 from qvlm_runtime.generate import StopText, Timings, new_token_limit, tokens
 from qvlm_runtime.manifest import Manifest, read_manifest, verify_files
 from qvlm_runtime.sample import Sampling
@@ -30,7 +41,6 @@ from qvlm_runtime.tokenizer import Detokenizer, Tokenizer
 Finish = Literal["stop", "stop_string", "length"]
 Conversation = str | Sequence[Message]
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
-_GRAPHS = ("vision", "decoder")
 
 
 @dataclass(frozen=True)
@@ -38,13 +48,14 @@ class Prompt:
     """A prompt ready for the graphs.
 
     image_index[i] is the row of image_features that token i takes, or -1: rows count up over all
-    images in order. pixels is float32 [N, 3, H, W], or None without images.
+    images in order. pixels is float32 [N, 3, H, W], or None without images; with images in CUDA
+    memory among them, a list of one array for each.
     """
 
     text: str
     token_ids: tuple[int, ...]
     image_index: tuple[int, ...]
-    pixels: NDArray[np.float32] | None
+    pixels: NDArray[np.float32] | Sequence[Array | DeviceArray] | None
 
 
 @dataclass(frozen=True)
@@ -71,6 +82,7 @@ class Model:
     template: ChatTemplate
     vision: Session
     decoder: Decoder
+    backend: str = "ort"
     _stop_ids: frozenset[int] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -91,8 +103,10 @@ class Model:
         """Answer a prompt.
 
         prompt: text, or chat messages in Hugging Face's form. images: Pillow images, paths or uint8
-        arrays, in the order of their markers. temperature 0 is greedy. stop strings end the text
-        and are not part of it. max_new_tokens None: 256, or what the cache has room for.
+        arrays, in the order of their markers; on a CUDA backend also arrays in CUDA memory that are
+        preprocessed (pixel_values [3, H, W] of the target's float type). temperature 0 is greedy.
+        stop strings end the text and are not part of it. max_new_tokens None: 256, or what the
+        cache has room for.
 
         PromptError, ImageError or SessionError.
         """
@@ -159,20 +173,52 @@ class Model:
         new_token_limit(len(token_ids), None, self.decoder.max_rows)
         pixels = None
         if talk.images:
-            pixels = image_processing.pixel_values(talk.images, self.manifest.image)
+            pixels = self._pixels(talk.images)
         return Prompt(text, token_ids, image_index, pixels)
 
-    def image_features(self, pixels: NDArray[np.float32]) -> Array:
-        """Run the vision graph, one image at a time: F [N * tokens_per_image, hidden].
-
-        One at a time, so that memory does not grow with the number of images.
-        """
-        dtype = self.manifest.targets[self.target].dtype
-        pieces = [
-            self.vision.run({"pixel_values": as_host(one[None], dtype)})["image_features"]
-            for one in pixels
+    def _pixels(self, images: Sequence[Any]) -> NDArray[np.float32] | list[Array | DeviceArray]:
+        found = [device_array(image, f"image {i + 1}") for i, image in enumerate(images)]
+        if not any(found):
+            return image_processing.pixel_values(images, self.manifest.image)
+        dtype, shape = self._pixel_tensor()
+        for i, array in enumerate(found):
+            if array is not None and (array.dtype, array.shape) != (dtype, shape):
+                raise ImageError(
+                    f"image {i + 1}: {array.dtype} {list(array.shape)} in CUDA memory, expected "
+                    f"preprocessed pixel_values {dtype} {list(shape)}."
+                )
+        return [
+            array or image_processing.pixel_values([image], self.manifest.image)[0]
+            for image, array in zip(images, found, strict=True)
         ]
-        return np.concatenate(pieces)
+
+    def _pixel_tensor(self) -> tuple[str, tuple[int | None, ...]]:
+        """Type and shape of one image as the vision graph takes it."""
+        info = self.vision.inputs["pixel_values"]
+        return info.dtype, info.shape[1:]
+
+    def image_features(self, pixels: Sequence[Array | DeviceArray] | Array) -> Features:
+        """Run the vision graph, one image at a time; the result stays where the engine computes.
+
+        pixels: of each image [3, H, W], on the host or in CUDA memory. One at a time, so that
+        memory does not grow with the number of images.
+        """
+        spec, dtype = self.manifest.model, self.vision.inputs["pixel_values"].dtype
+        shape = (spec.tokens_per_image, spec.hidden_size)
+        pieces = []
+        for one in pixels:
+            binding = self.vision.binding()
+            if isinstance(one, DeviceArray):
+                binding.place("pixel_values", self.vision.borrow(one), 0, (1, *one.shape))
+            else:
+                binding.host("pixel_values", as_host(one[None], dtype))
+            buffer = self.vision.buffer(
+                shape[0] * shape[1], self.vision.outputs["image_features"].dtype
+            )
+            binding.place("image_features", buffer, 0, shape)
+            binding.run()
+            pieces.append(Features(buffer, shape[0]))
+        return Features.join(self.decoder.session, pieces)
 
     def close(self) -> None:
         """Release the graphs; a later generation raises SessionError."""
@@ -288,14 +334,17 @@ def load(
     folder: str | os.PathLike[str],
     target: str | None = None,
     *,
+    backend: str | None = None,
     threads: int | None = None,
     accuracy_level: int = FAST,
     verify: bool = True,
 ) -> Model:
     """Open a folder written by qvlm-export.
 
-    target: None takes "ort" if the folder has it, else its only target. threads: None leaves the
-    number to the engine. accuracy_level: 4 (fast) or 1 (exact), see backend.py. verify: compare the
+    target: None takes one with engines for this GPU, else "ort", else the only one. backend: "ort",
+    "ort-cuda", "tensorrt" or "tensorrt-rtx"; None takes engines where this machine has a GPU and a
+    TensorRT that they were built for, else ONNX Runtime on the CPU. threads: None leaves the number
+    to the engine. accuracy_level: 4 (fast) or 1 (exact), see backend.py. verify: compare the
     sha256 of every file that is opened with the manifest; False saves that read of the folder when
     the application has done it before.
 
@@ -303,38 +352,30 @@ def load(
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    name = _choose_target(root, manifest, target)
-    spec = manifest.targets[name]
-    absent = [graph for graph in _GRAPHS if graph not in spec.graphs]
-    if absent:
-        raise FolderError(f"{root / 'manifest.json'}: target {name} has no graph {absent[0]}.")
+    choice = choose(root, manifest, target, backend)
+    spec = manifest.targets[choice.target]
     if verify:
-        verify_files(root, manifest, _opened_files(manifest, name))
+        verify_files(root, manifest, _opened_files(manifest, choice))
     tokenizer = Tokenizer(root / _TEXT_FILES[0])
     template = ChatTemplate(root / _TEXT_FILES[1], manifest.model.template_tokens)
-    paths = {graph: root / spec.graphs[graph] for graph in _GRAPHS}
-    vision = open_session(paths["vision"], threads=threads, accuracy_level=accuracy_level)
-    missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
-    session = open_session(paths["decoder"], threads=threads, accuracy_level=accuracy_level)
-    decoder = Decoder(session, manifest.model, spec, str(paths["decoder"]))
-    return Model(manifest, name, tokenizer, template, vision, decoder)
+    paths = {graph: root / choice.paths[graph] for graph in GRAPHS}
 
-
-def _choose_target(root: Path, manifest: Manifest, target: str | None) -> str:
-    names = sorted(manifest.targets)
-    if target is None:
-        target = "ort" if "ort" in names else names[0] if len(names) == 1 else None
-    if target not in names or target is None:
-        raise FolderError(
-            f"{root}: target {target!r} is not one of the folder's: {', '.join(names) or 'none'}. "
-            "Name one of these."
+    def opened(graph: str) -> Session:
+        return open_session(
+            paths[graph], threads=threads, accuracy_level=accuracy_level, backend=choice.backend
         )
-    return target
+
+    vision = opened("vision")
+    missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
+    decoder = Decoder(opened("decoder"), manifest.model, spec, str(paths["decoder"]))
+    return Model(manifest, choice.target, tokenizer, template, vision, decoder, choice.backend)
 
 
-def _opened_files(manifest: Manifest, target: str) -> list[str]:
-    """Text files, the target's graphs, and what lies beside them: their external data."""
-    graphs = [manifest.targets[target].graphs[graph] for graph in _GRAPHS]
-    folders = {PurePosixPath(path).parent for path in graphs}
-    beside = [path for path in manifest.files if PurePosixPath(path).parent in folders]
-    return list(dict.fromkeys([*_TEXT_FILES, *graphs, *beside]))
+def _opened_files(manifest: Manifest, choice: Choice) -> list[str]:
+    """Text files, the graphs with what lies beside them (their external data), or the plans."""
+    opened = [choice.paths[graph] for graph in GRAPHS]
+    beside: list[str] = []
+    if choice.backend not in PLAN_BACKENDS:
+        folders = {PurePosixPath(path).parent for path in opened}
+        beside = [path for path in manifest.files if PurePosixPath(path).parent in folders]
+    return list(dict.fromkeys([*_TEXT_FILES, *opened, *beside]))

@@ -212,6 +212,16 @@ class OrtSession:
             raise self.failure(f"allocate {flat.nbytes / 1e6:.1f} MB for", error) from error
         return OrtCudaBuffer(value, value.data_ptr(), flat.size, flat.dtype.name)
 
+    def join(self, buffers: Sequence[Buffer]) -> Buffer:
+        """One buffer from several. ONNX Runtime copies between the device and the host only, so
+        with CUDA the pieces pass through the host.
+        """
+        pieces = []
+        for buffer in buffers:
+            assert isinstance(buffer, OrtBuffer | OrtCudaBuffer), "a buffer belongs to its backend"
+            pieces.append(buffer.read(0, (buffer.size,)))
+        return self.upload(np.concatenate(pieces))
+
     def borrow(self, array: DeviceArray) -> Buffer:
         """A buffer over another library's CUDA memory; SessionError on the CPU."""
         if self.device == "cpu":

@@ -101,6 +101,11 @@ class TrtBuffer:
         """Where element 0 is now."""
         return self._memory.address
 
+    @property
+    def borrowed(self) -> bool:
+        """Whether another library owns the memory, and may reuse it as soon as it is let go."""
+        return isinstance(self._memory, DeviceArray)
+
     def read(self, start: int, shape: Sequence[int]) -> Array:
         """Copy of the piece that begins at element ``start``."""
         return self._gpu.read(self.address + start * self.itemsize, tuple(shape), self.dtype)
@@ -275,7 +280,6 @@ class TrtSession:
                 elif name in binding.places:
                     self._into_scratch(context, binding.places[name], name)
             context.repeated.run(self._key(context, binding), lambda: self._enqueue(context))
-            fetched = [n for n in self.outputs if n in binding.hosts]
             for name in self.outputs:
                 if name in binding.hosts:
                     gpu.download(binding.hosts[name], context.addresses[name])
@@ -283,7 +287,8 @@ class TrtSession:
                     self._out_of_scratch(context, binding.places[name], name)
             for buffer in exchanged.values():
                 buffer.exchange()
-            if fetched:
+            fetched = any(name in binding.hosts for name in self.outputs)
+            if fetched or any(place.buffer.borrowed for place in binding.places.values()):
                 gpu.synchronize()
 
     def _bound_shape(self, binding: TrtBinding, name: str) -> Shape:
@@ -293,17 +298,17 @@ class TrtSession:
         return shape
 
     def _prepare(self, shapes: Mapping[str, Shape]) -> _Context:
-        """The context of the first profile that takes these input shapes, with the shapes set."""
+        """The context of the narrowest profile that takes these input shapes, with the shapes set."""
         if self._engine is None:
             raise SessionError(f"{self._path}: the session is closed. Load the folder again.")
-        fitting = (
-            index
+        fitting = [
+            (sum(math.prod(most) for _, most in ranges.values()), index)
             for index, ranges in enumerate(self._ranges)
             if all(_within(shapes[n], *ranges[n]) for n in shapes)
-        )
-        index = next(fitting, None)
-        if index is None:
+        ]
+        if not fitting:
             raise SessionError(f"{self._path}: {self._misfit(shapes)}")
+        _, index = min(fitting)
         context = self._contexts.get(index) or self._open_context(index)
         if context.shapes != shapes:
             for name, shape in shapes.items():
@@ -426,8 +431,23 @@ class TrtSession:
             self._gpu.upload(buffer.address, dense)
         return buffer
 
+    def join(self, buffers: Sequence[Buffer]) -> TrtBuffer:
+        """One buffer from several, copied inside the device."""
+        pieces = [buffer for buffer in buffers if isinstance(buffer, TrtBuffer)]
+        assert len(pieces) == len(buffers), "a buffer belongs to the backend that made it"
+        joined = self.buffer(sum(piece.elements for piece in pieces), pieces[0].dtype)
+        at = joined.address
+        with self._gpu:
+            for piece in pieces:
+                size = piece.elements * piece.itemsize
+                self._gpu.copy(at, piece.address, size)
+                at += size
+        return joined
+
     def borrow(self, array: DeviceArray) -> TrtBuffer:
-        """A buffer over another library's CUDA memory, which must be ready to be read."""
+        """A buffer over another library's CUDA memory. Waits for the work that library enqueued."""
+        with self._gpu:
+            self._gpu.synchronize_all()
         return TrtBuffer(self._gpu, array, math.prod(array.shape), array.dtype)
 
     def binding(self) -> TrtBinding:
