@@ -1,8 +1,8 @@
 """Engines with TensorRT, on the device that will run them.
 
-The calls hold for TensorRT 10.3 to 11.4. A plan belongs to the release and the GPU it was built on; both stand in the manifest. What the
-builder timed is kept in ``engines/timing.sm<NN>.cache``, so building again is quick; a cache of
-another release or GPU is set aside by the builder and replaced.
+The calls hold for TensorRT 10.3 to 11.4. A plan belongs to the release and the GPU it was built on;
+both stand in the manifest. What the builder timed is kept in ``engines/timing.sm<NN>.cache``, so
+building again is quick; a cache of another release or GPU is set aside by the builder and replaced.
 """
 
 from __future__ import annotations
