@@ -37,8 +37,14 @@ class Machine:
         return "tensorrt-rtx" if self.trt.release.startswith("rtx") else "tensorrt"
 
 
-def machine(monkeypatch: pytest.MonkeyPatch, release: str, **options: Any) -> Machine:
-    gpu = fake_cuda.install(monkeypatch, **options)
+def machine(
+    monkeypatch: pytest.MonkeyPatch,
+    release: str,
+    cuda_release: str = fake_cuda.CUDA_RELEASES[-1],
+    **options: Any,
+) -> Machine:
+    """Fakes in place of this machine's libraries; ``options`` go to the GPU."""
+    gpu = fake_cuda.install(monkeypatch, cuda_release, **options)
     return Machine(gpu, fake_tensorrt.install(monkeypatch, release, gpu))
 
 

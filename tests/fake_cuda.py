@@ -41,6 +41,7 @@ class FakeCuda:
         self.queue: list[Work] = []
         self.capturing: list[Work] | None = None
         self.waits = self.captures = self.launches = 0
+        self.no_driver = False
         self.calls: list[str] = []
         self.copied = {"HostToDevice": 0, "DeviceToHost": 0, "DeviceToDevice": 0}
 
@@ -169,14 +170,14 @@ class FakeCuda:
     def _recorded(self, name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any) -> Any:
             self.calls.append(name)
+            if self.no_driver:  # what cuda-python raises where there is none
+                raise RuntimeError("Failed to dlopen libcuda.so.1")
             return function(*args)
 
         return call
 
 
-def install(
-    monkeypatch: pytest.MonkeyPatch, release: str = CUDA_RELEASES[-1], **options: Any
-) -> FakeCuda:
+def install(monkeypatch: pytest.MonkeyPatch, release: str, **options: Any) -> FakeCuda:
     """Put a fresh fake GPU in place of the machine's."""
     from qvlm_runtime import cuda
 
