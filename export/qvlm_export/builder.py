@@ -90,10 +90,10 @@ def profiles(graph: str, model: ModelSpec, cache: CacheForm = "append") -> dict[
 def _ranges(shapes: Mapping[str, Profile]) -> dict[str, dict[str, tuple[int, ...]]]:
     """What the manifest says of each profile: tokens, and cache rows before them."""
     found = {}
-    for name, profile in shapes.items():
-        past = profile.get("past_key_0")
+    for name, one in shapes.items():
+        past = one.get("past_key_0")
         found[name] = {
-            "tokens": tuple(shape[1] for shape in profile["input_ids"]),
+            "tokens": tuple(shape[1] for shape in one["input_ids"]),
             "past": tuple(shape[1] for shape in past) if past else (),
         }
     return found

@@ -19,10 +19,13 @@ from qvlm.errors import ExportError
 from qvlm.progress import silent
 from qvlm_export import rtx
 from qvlm_export.build import build, model_spec
+from qvlm_export.builder import profiles
 from qvlm_export.facts import GraphFacts, Product, graph_facts
+from qvlm_export.kernels import Kernel, KernelTensor, check_kernels, parse_kernels
 from qvlm_export.package import add_engines, write_manifest
-from qvlm_export.rtx import Kernel, KernelTensor, check_kernels, compile_target, parse_kernels
+from qvlm_export.rtx import compile_target
 from qvlm_export.targets import named_target
+from qvlm_runtime import SessionError
 from qvlm_runtime.manifest import read_manifest, verify_files
 
 
@@ -85,7 +88,7 @@ def test_missing_wheels_are_one_line(
 ) -> None:
     folder, spec, checkpoint = built("float", "rtx")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    with pytest.raises(ExportError, match=r"pip install 'qvlm\[rtx\]'"):
+    with pytest.raises(SessionError, match=r"pip install 'qvlm\[rtx\]'"):
         compile_target(folder, spec, model_spec(checkpoint), silent)
 
 
@@ -106,7 +109,7 @@ def test_every_graph_compiles_with_its_integers(
         # The compiler joins the separate INT4 q/k/v (and gate/up) into one product.
         layers = 2 if facts.count("INT4") else 0
         assert row.int4_products == 4 * layers
-        plan = folder / compiled.engines[row.engine]
+        plan = folder / compiled.engines[row.engine].path
         assert plan.stat().st_size == row.bytes > 0
     assert not list(folder.rglob("*.partial"))
 
@@ -117,14 +120,29 @@ def test_decode_attention_is_one_kernel_with_native_groups(
 ) -> None:
     folder, spec, checkpoint = built("w4a16", "rtx")
     path, model = folder / spec.graphs["decoder"], model_spec(checkpoint)
-    _, kernels = rtx.compile_graph(path, rtx.profiles("decoder", model), 86)
+    _, kernels = rtx.compile_graph(path, profiles("decoder", model), 86)
     decode = [k for k in kernels if k.profile == 1 and "_gemv_mha" in k.name]
     assert len(decode) == model.layers
     for kernel in decode:
         past = [t for t in kernel.inputs if t.shape == (1, -1, model.kv_heads, model.head_dim)]
         assert len(past) == 2  # keys and values are read as they lie, not repeated
-    prefill = [k for k in kernels if k.profile == 0 and "_gemm_mha" in k.name]
-    assert len(prefill) == model.layers
+    for profile in (0, 2):  # prefill, and a piece behind a past
+        pieces = [k for k in kernels if k.profile == profile and "_gemm_mha" in k.name]
+        assert len(pieces) == model.layers
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize("sm", [75, 80, 120])
+def test_other_gpu_generations_compile_too(
+    compiler: None, built: Callable[..., Any], sm: int
+) -> None:
+    for recipe in ("w4a16", "w8a8"):
+        folder, spec, checkpoint = built(recipe, "rtx")
+        compiled, rows = compile_target(folder, spec, model_spec(checkpoint), silent, (sm,))
+        assert {row.engine for row in rows} == {f"sm{sm}/vision", f"sm{sm}/decoder"}
+        engine = compiled.engines[f"sm{sm}/decoder"]
+        assert (engine.backend, engine.capability) == ("tensorrt-rtx", sm)
+        assert set(engine.profiles) == {"prefill", "decode", "extend"}
 
 
 @pytest.mark.rtx
@@ -147,13 +165,13 @@ def test_engines_join_a_finished_folder(
     folder, spec, checkpoint = built("w8a8", "rtx")
     shutil.copytree(folder / "rtx", tmp_path / "rtx", ignore=shutil.ignore_patterns("engines"))
     write_manifest(tmp_path, checkpoint, {"rtx": spec})
-    (row, _) = add_engines(tmp_path, (89,), silent)
+    (row, _) = add_engines(tmp_path, silent, capabilities=(89,))
     manifest = read_manifest(tmp_path)
     assert row.file in manifest.files
     assert set(manifest.targets["rtx"].engines) == {"sm89/vision", "sm89/decoder"}
     verify_files(tmp_path, manifest)
     with pytest.raises(ExportError, match=r"no compute capability SM12\. Known: .*SM86"):
-        add_engines(tmp_path, (12,), silent)
+        add_engines(tmp_path, silent, capabilities=(12,))
 
 
 def test_engines_need_an_rtx_target(built: Callable[..., Any], tmp_path: Path) -> None:
@@ -161,7 +179,7 @@ def test_engines_need_an_rtx_target(built: Callable[..., Any], tmp_path: Path) -
     shutil.copytree(folder, tmp_path / "out")
     write_manifest(tmp_path / "out", checkpoint, {"ort": spec})
     with pytest.raises(ExportError, match="targets ort, expected rtx"):
-        add_engines(tmp_path / "out", (86,), silent)
+        add_engines(tmp_path / "out", silent, capabilities=(86,))
 
 
 @pytest.mark.rtx
@@ -169,4 +187,4 @@ def test_a_refused_node_is_named(compiler: None, built: Callable[..., Any]) -> N
     folder, spec, _ = built("float", "ort")
     (folder / "engines").mkdir(exist_ok=True)
     with pytest.raises(ExportError, match=r"node '.*' is not accepted|does not compile"):
-        rtx.compile_graph(folder / spec.graphs["decoder"], [], 86)
+        rtx.compile_graph(folder / spec.graphs["decoder"], {}, 86)
