@@ -111,7 +111,11 @@ class OrtBinding:
             # With CUDA a host input is copied to the device when it is bound, not when it is used.
             for name, array in self._hosts.items():
                 self._bind_host(name, array)
+            if self._session.device == "cuda":
+                self._binding.synchronize_inputs()
             self._session.native().run_with_iobinding(self._binding)
+            if self._session.device == "cuda":
+                self._binding.synchronize_outputs()
         except SessionError:
             raise
         except Exception as error:
