@@ -109,7 +109,7 @@ class Device:
         size = max(nbytes, ALIGNMENT)
         error, address = self._cuda.cudaMalloc(size)
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            _, free, total = self._cuda.cudaMemGetInfo()
+            free, total = self.memory()
             raise SessionError(
                 f"out of device memory: {purpose} needs {nbytes / 1e6:.1f} MB, {free / 1e6:.1f} of "
                 f"{total / 1e6:.1f} MB are free. Close other programs, or export with a smaller "
@@ -120,6 +120,11 @@ class Device:
         memory = Memory(self._cuda, int(address), nbytes)
         self._call("cudaMemsetAsync", memory.address, 0, size, self._stream)
         return memory
+
+    def memory(self) -> tuple[int, int]:
+        """Bytes free and bytes in all, of every process together."""
+        _, free, total = self._cuda.cudaMemGetInfo()
+        return int(free), int(total)
 
     def upload(self, address: int, array: Array) -> None:
         """Enqueue a copy of a contiguous host array; the array may change when this returns."""
