@@ -143,6 +143,26 @@ def missing_tensors(
             )
 
 
+def host_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's type for a tensor type; bfloat16, which NumPy lacks, as its bits in uint16."""
+    return np.dtype("uint16" if name == "bfloat16" else name)
+
+
 def as_host(value: Any, dtype: str | np.dtype[Any]) -> Array:
-    """A C-contiguous array of that dtype, without a copy where it already is one."""
-    return np.ascontiguousarray(value, dtype=dtype)
+    """A C-contiguous array of that dtype, without a copy where it already is one.
+
+    bfloat16 comes as its bits (uint16), rounded to nearest even; bits go through as they are.
+    """
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(value, dtype=dtype)
+    if np.asarray(value).dtype == np.uint16:
+        return np.ascontiguousarray(value)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def as_float32(array: Array, dtype: str) -> NDArray[np.float32]:
+    """A float32 copy of what the engine gave in ``dtype``."""
+    if dtype != "bfloat16":
+        return array.astype(np.float32)
+    return (array.astype(np.uint32) << 16).view(np.float32)

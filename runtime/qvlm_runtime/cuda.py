@@ -97,7 +97,9 @@ class Device:
                 f"CUDA: {failure}, expected an NVIDIA driver. Use the backend 'ort' here."
             ) from failure
         if error != self._cuda.cudaError_t.cudaSuccess:
-            raise SessionError(f"CUDA: {name} failed ({self._reason(error)})")
+            old = error == self._cuda.cudaError_t.cudaErrorInsufficientDriver
+            hint = " Install a cuda-bindings of the driver's CUDA generation." if old else ""
+            raise SessionError(f"CUDA: {name} failed ({self._reason(error)}).{hint}")
         return values[0] if values else None
 
     def _reason(self, error: Any) -> str:
@@ -142,7 +144,7 @@ class Device:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         self._call("cudaMemcpyAsync", target, source, nbytes, kind, self._stream)
 
-    def read(self, address: int, shape: tuple[int, ...], dtype: str) -> Array:
+    def read(self, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Array:
         """A host copy, waited for."""
         array = np.empty(shape, dtype)
         with self:

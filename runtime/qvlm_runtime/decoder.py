@@ -12,7 +12,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qvlm_runtime.backend import Array, Buffer, Session, as_host, missing_tensors
+from qvlm_runtime.backend import (
+    Array,
+    Buffer,
+    Session,
+    as_float32,
+    as_host,
+    host_dtype,
+    missing_tensors,
+)
 from qvlm_runtime.cache import cache_tensors, make_cache
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
@@ -91,13 +99,14 @@ class DecoderState:
         self._cache = make_cache(decoder.session, model, decoder.target, capacity)
         self._binding = decoder.session.binding()
         if features is None:
-            features = np.zeros((1, model.hidden_size), dtype)
+            features = np.zeros((1, model.hidden_size), np.float32)
         if not isinstance(features, Features):
             buffer = decoder.session.upload(as_host(features, dtype))
             features = Features(buffer, len(features))
         shape = (features.rows, model.hidden_size)
         self._binding.place("image_features", features.buffer, 0, shape)
-        self._logits = np.empty((1, 1, model.vocab_size), dtype)
+        self._dtype = dtype
+        self._logits = np.empty((1, 1, model.vocab_size), host_dtype(dtype))
         self._binding.fetch("logits", self._logits)
         # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
         self._one = {name: np.full((1, 1), -1, np.int64) for name in _TOKENS}
@@ -138,8 +147,7 @@ class DecoderState:
         cache.bind(self._binding, count)
         self._binding.run()
         cache.advance(count)
-        logits: NDArray[np.float32] = self._logits[0, 0].astype(np.float32)  # a copy
-        return logits
+        return as_float32(self._logits[0, 0], self._dtype)
 
     def cache_rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values, each F [1, kv_heads, length, head_dim]."""

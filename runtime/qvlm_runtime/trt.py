@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from qvlm_runtime.backend import Array, Buffer, DeviceArray, TensorInfo
+from qvlm_runtime.backend import Array, Buffer, DeviceArray, TensorInfo, host_dtype
 from qvlm_runtime.cuda import ALIGNMENT, Device, Memory, Repeated, device
 from qvlm_runtime.errors import SessionError
 
@@ -32,6 +32,7 @@ _MODULES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
+    "BF16": "bfloat16",
     "INT64": "int64",
     "INT32": "int32",
     "INT8": "int8",
@@ -93,8 +94,8 @@ class TrtBuffer:
         self._memory = memory
         self._twin: Memory | None = None
         self.elements = elements
-        self.itemsize = np.dtype(dtype).itemsize
-        self.dtype = dtype
+        self.dtype = host_dtype(dtype)
+        self.itemsize = self.dtype.itemsize
 
     @property
     def address(self) -> int:
@@ -411,15 +412,15 @@ class TrtSession:
             results = {}
             for name, info in self.outputs.items():
                 shape = tuple(int(n) for n in context.native.get_tensor_shape(name))
-                results[name] = np.empty(shape, info.dtype)
+                results[name] = np.empty(shape, host_dtype(info.dtype))
                 binding.fetch(name, results[name])
             self.execute(binding)
         return results
 
     def buffer(self, elements: int, dtype: str) -> TrtBuffer:
-        """Allocate zeros on the device."""
+        """Allocate zeros on the device; bfloat16 is read back as its bits."""
         with self._gpu:
-            size = elements * np.dtype(dtype).itemsize
+            size = elements * host_dtype(dtype).itemsize
             memory = self._gpu.allocate(size, "a buffer of the cache or of image features")
         return TrtBuffer(self._gpu, memory, elements, dtype)
 
@@ -435,7 +436,7 @@ class TrtSession:
         """One buffer from several, copied inside the device."""
         pieces = [buffer for buffer in buffers if isinstance(buffer, TrtBuffer)]
         assert len(pieces) == len(buffers), "a buffer belongs to the backend that made it"
-        joined = self.buffer(sum(piece.elements for piece in pieces), pieces[0].dtype)
+        joined = self.buffer(sum(piece.elements for piece in pieces), pieces[0].dtype.name)
         at = joined.address
         with self._gpu:
             for piece in pieces:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 import onnx
 import pytest
@@ -23,7 +24,7 @@ from PIL import Image
 from runtime_support import FORMS, SCATTERS, model_spec, target_spec, toy_decoder
 
 from qvlm_runtime import FolderError, ImageError, SessionError, cuda, device_array, load
-from qvlm_runtime.backend import EXACT, open_session
+from qvlm_runtime.backend import EXACT, as_float32, as_host, host_dtype, open_session
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.manifest import read_manifest
 from qvlm_runtime.trt import TrtSession
@@ -404,6 +405,16 @@ def test_an_image_in_cuda_memory_that_is_not_pixel_values_is_refused(
     told = pytest.raises(SessionError, match="in CUDA memory, expected one on the host")
     with load(tmp_path, backend="ort", threads=1) as model, told:
         model.generate("What?", [good])
+
+
+def test_bfloat16_goes_in_and_out_as_bits_rounded_to_nearest_even() -> None:
+    values = np.array([1.0, 1 + 2**-8, 1 + 3 * 2**-8, -3.3e38, 1e-40, 0.1], np.float32)
+    bits = as_host(values, "bfloat16")
+    expected = values.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(bits, expected.view(np.uint16))
+    np.testing.assert_array_equal(as_float32(bits, "bfloat16"), expected.astype(np.float32))
+    assert as_host(bits, "bfloat16") is bits
+    assert host_dtype("bfloat16") == np.uint16 and host_dtype("float16") == np.float16
 
 
 @pytest.mark.gpu
