@@ -99,29 +99,61 @@ def _ranges(shapes: Mapping[str, Profile]) -> dict[str, dict[str, tuple[int, ...
     return found
 
 
-def _monitor(trt: Any, where: str, progress: Progress) -> Any:
+class Phases:
+    """The builder's outermost phases as stages of our progress, in percent: a step of an inner phase
+    counts as its share of the step around it.
+    """
+
+    def __init__(self, where: str, progress: Progress) -> None:
+        self._where, self._progress = where, progress
+        self._steps: dict[str, int] = {}  # phases that run, outermost first
+        self._done: dict[str, int] = {}
+
+    def start(self, name: str, parent: str | None, steps: int) -> None:
+        """A phase begins, inside its parent."""
+        if parent is None:
+            self._steps.clear()
+        self._steps[name], self._done[name] = steps, 0
+
+    def step(self, name: str, step: int) -> None:
+        """A phase's step, counted from 0, is done."""
+        if name not in self._steps:
+            return
+        self._done[name] = step + 1
+        share, fraction = 1.0, 0.0
+        for phase, steps in self._steps.items():
+            share /= max(1, steps)
+            fraction += share * self._done[phase]
+        outermost = next(iter(self._steps))
+        self._progress(f"{self._where}: {outermost}", int(100 * min(fraction, 1.0)), 100)
+
+    def finish(self, name: str) -> None:
+        """A phase ends."""
+        if next(iter(self._steps), None) == name:
+            self._progress(f"{self._where}: {name}", 100, 100)
+        self._steps.pop(name, None)
+
+
+def _monitor(trt: Any, phases: Phases) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """The builder's phases as stages of our progress; the innermost running phase shows."""
+        """Hands the builder's reports on; an interrupt ends the build at its next step."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
-            self.steps: dict[str, int] = {}
             self.interrupted = False
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            self.steps[phase_name] = num_steps
-            progress(f"{where}: {phase_name}", 0, num_steps)
+            phases.start(phase_name, parent_phase, num_steps)
 
         def step_complete(self, phase_name: str, step: int) -> bool:
             try:
-                progress(f"{where}: {phase_name}", step + 1, self.steps[phase_name])
+                phases.step(phase_name, step)
             except KeyboardInterrupt:  # must not pass through the builder's C++
                 self.interrupted = True
             return not self.interrupted
 
         def phase_finish(self, phase_name: str) -> None:
-            steps = self.steps.pop(phase_name)
-            progress(f"{where}: {phase_name}", steps, steps)
+            phases.finish(phase_name)
 
     return Monitor()
 
@@ -153,7 +185,7 @@ def compile_network(
         config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace << 20)
     if options.level is not None:
         config.builder_optimization_level = options.level
-    monitor = config.progress_monitor = _monitor(trt, path.stem, progress)
+    monitor = config.progress_monitor = _monitor(trt, Phases(path.stem, progress))
     configure(config)
     for label, one in shapes.items():
         profile = builder.create_optimization_profile()

@@ -132,17 +132,23 @@ def test_decode_attention_is_one_kernel_with_native_groups(
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize("sm", [75, 80, 120])
+@pytest.mark.parametrize(("sm", "recipe"), [(75, "w8a8"), (80, "w4a16"), (120, "w4a16")])
 def test_other_gpu_generations_compile_too(
-    compiler: None, built: Callable[..., Any], sm: int
+    compiler: None, built: Callable[..., Any], sm: int, recipe: str
 ) -> None:
-    for recipe in ("w4a16", "w8a8"):
-        folder, spec, checkpoint = built(recipe, "rtx")
-        compiled, rows = compile_target(folder, spec, model_spec(checkpoint), silent, (sm,))
-        assert {row.engine for row in rows} == {f"sm{sm}/vision", f"sm{sm}/decoder"}
-        engine = compiled.engines[f"sm{sm}/decoder"]
-        assert (engine.backend, engine.capability) == ("tensorrt-rtx", sm)
-        assert set(engine.profiles) == {"prefill", "decode", "extend"}
+    folder, spec, checkpoint = built(recipe, "rtx")
+    compiled, rows = compile_target(folder, spec, model_spec(checkpoint), silent, (sm,))
+    assert {row.engine for row in rows} == {f"sm{sm}/vision", f"sm{sm}/decoder"}
+    engine = compiled.engines[f"sm{sm}/decoder"]
+    assert (engine.backend, engine.capability) == ("tensorrt-rtx", sm)
+    assert set(engine.profiles) == {"prefill", "decode", "extend"}
+
+
+@pytest.mark.rtx
+def test_sm75_has_no_int4(compiler: None, built: Callable[..., Any]) -> None:
+    folder, spec, checkpoint = built("w4a16", "rtx")
+    with pytest.raises(ExportError, match=r"^SM75: .* HW-specific datatypes: int4"):
+        compile_target(folder, spec, model_spec(checkpoint), silent, (75,))
 
 
 @pytest.mark.rtx
