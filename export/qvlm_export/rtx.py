@@ -79,7 +79,7 @@ def compile_target(
     for done, (sm, stem, path) in enumerate(work):
         progress("engines", done, len(work))
         shapes = profiles(stem, model, spec.cache)
-        plan, kernels = compile_graph(folder / path, shapes, sm, options)
+        plan, kernels = compile_graph(folder / path, shapes, sm, options, progress)
         key = f"sm{sm}/{stem}"
         engines[key] = engine_spec(spec, stem, BACKEND, version, sm, shapes)
         rows.append(store_engine(folder, path, key, plan, kernels, True, engines[key]))
