@@ -61,9 +61,16 @@ def plan_bytes(machine: Machine, path: Path, shapes: Mapping[str, Any]) -> bytes
 
 
 def toy_engines(
-    folder: Path, machine: Machine, cache: str = "append", dtype: str = "float32", **changes: Any
+    folder: Path,
+    machine: Machine,
+    cache: str = "append",
+    dtype: str = "float32",
+    both: bool = False,
+    **changes: Any,
 ) -> Manifest:
-    """A toy folder with one target, "device", its graphs and its engines for this machine."""
+    """A toy folder with one target, "device", its graphs and its engines for this machine; ``both``
+    adds target "ort" with the same graphs.
+    """
     spec, target = model_spec(**changes), target_spec(cache, dtype, "device")
     (folder / "device/engines").mkdir(parents=True)
     write_byte_tokenizer(folder / "tokenizer.json")
@@ -83,6 +90,8 @@ def toy_engines(
         if path.is_file()
     }
     targets = {"device": dataclasses.replace(target, engines=engines)}
+    if both:
+        targets["ort"] = target
     manifest = Manifest("0.0.1", spec, image_spec(), targets, files, {"method": "float"})
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return manifest

@@ -2,8 +2,9 @@
 
 A plan runs on the TensorRT release and the compute capability it was built for, so both are
 compared before it is opened. Asked for nothing in particular, ``choose`` takes engines where this
-machine can run some, and graphs with ONNX Runtime where it has no GPU or no TensorRT; where it has
-both and the engines are another's, it says so and does not fall back to something slower.
+machine can run some, and graphs with ONNX Runtime where it has no GPU or no TensorRT. Where it has
+both and the engines are another's, it takes the folder's "ort" graphs; a folder without them says
+whose the engines are, as the graphs of a device target would run on the CPU, slowly and unasked.
 """
 
 from __future__ import annotations
@@ -43,7 +44,12 @@ def choose(root: Path, manifest: Manifest, target: str | None, backend: str | No
     if target is not None and target not in names:
         raise _no_target(root, names, target)
     if backend not in GRAPH_BACKENDS:
-        choice = _engines(root, manifest, names if target is None else [target], backend)
+        try:
+            choice = _engines(root, manifest, names if target is None else [target], backend)
+        except SessionError:
+            if target is not None or backend is not None or "ort" not in names:
+                raise
+            choice = None
         if choice is not None:
             return choice
     if target is None:

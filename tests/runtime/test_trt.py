@@ -203,6 +203,40 @@ def test_a_shape_value_is_read_on_the_host_where_the_engine_wants_it(
     assert device.gpu.captures == 0  # its value changes with every step
 
 
+@pytest.mark.parametrize(
+    ("form", "profiles"), [("append", [0, 1, 2, 1]), ("scatter", [0, 1, 0, 1])]
+)
+def test_the_narrowest_profile_runs(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str, profiles: list[int]
+) -> None:
+    """Prefill, decode, a piece behind a past, decode: a wider profile has slower kernels."""
+    if form not in FORMS:
+        pytest.skip("ONNX Runtime without opset 24")
+    device = machine(monkeypatch, "10.16.1.11")
+    toy_engines(tmp_path, device, form)
+    decoder = open_decoder(tmp_path, "tensorrt", "tensorrt")
+    state = decoder.start(31)
+    session: Any = decoder.session
+    ran: list[Any] = []
+    enqueue = session._enqueue
+
+    def spy(context: Any) -> None:
+        ran.append(context)
+        enqueue(context)
+
+    monkeypatch.setattr(session, "_enqueue", spy)
+    for count in (7, 1, 5, 1):
+        state.step(IDS[:count])
+    indices = {id(context): index for index, context in session._contexts.items()}
+    assert [indices[id(context)] for context in ran] == profiles
+
+
+def test_a_buffer_is_zero_at_first(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    toy_engines(tmp_path, machine(monkeypatch, "10.3.0"))
+    buffer = open_decoder(tmp_path, "tensorrt", "tensorrt").session.buffer(9, "float32")
+    assert not buffer.read(2, (7,)).any()
+
+
 def test_threads_take_turns_and_get_their_own_answers(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -248,6 +282,19 @@ def test_a_plan_for_another_release_or_gpu_is_refused_before_it_is_opened(
     one_line(r"built with tensorrt 10\.3\.0, here is 10\.16\.1\.11\. Run", tmp_path)
     with load(tmp_path, backend="ort", threads=1) as model:
         assert model.backend == "ort"
+
+
+def test_engines_of_another_gpu_beside_ort_graphs_are_passed_over(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    toy_engines(tmp_path, machine(monkeypatch, "10.3.0"), both=True)
+    with load(tmp_path) as model:
+        assert (model.target, model.backend) == ("device", "tensorrt")
+    machine(monkeypatch, "10.3.0", capability=110)
+    with load(tmp_path, threads=1) as model:
+        assert (model.target, model.backend) == ("ort", "ort")
+    one_line("engine is for sm87, this GPU is sm110", tmp_path, target="device")
+    one_line("engine is for sm87, this GPU is sm110", tmp_path, backend="tensorrt")
 
 
 def test_without_a_gpu_or_tensorrt_graphs_are_taken_and_an_asked_backend_says_why(
@@ -424,6 +471,10 @@ def test_an_engine_of_this_machine_steps_as_onnx_runtime_does(tmp_path: Path) ->
     float32 on both sides: TensorRT may use TF32 products, whose inputs round to 2^-11.
     """
     pytest.importorskip("tensorrt")
+    try:
+        cuda.device()
+    except SessionError as error:
+        pytest.skip(str(error))
     from qvlm.progress import silent
     from qvlm_export.builder import Options, profiles
     from qvlm_export.engine import compile_graph
