@@ -434,7 +434,10 @@ def _compute(
 
 
 class _Inspector(Named):
-    """Layers in the form of the release: with constants from 10.15 on, without before."""
+    """Layers in either form that lists of engines were seen in, with constants and types under
+    "Datatype", or without and in words. Which release gives which is not known; here releases from
+    10.15 on give the first.
+    """
 
     def get_engine_information(self, form: Any) -> str:
         assert form == self._api.LayerInformationFormat.JSON

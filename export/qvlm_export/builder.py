@@ -15,7 +15,7 @@ from typing import Any
 from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.facts import graph_facts
-from qvlm_export.kernels import Kernel, check_kernel_names, check_kernels, integer_products
+from qvlm_export.kernels import Kernel, Telling, check, integer_products
 from qvlm_runtime.manifest import CacheForm, EngineSpec, ModelSpec, TargetSpec
 from qvlm_runtime.trt import message_log
 
@@ -36,7 +36,8 @@ class Options:
 @dataclass(frozen=True)
 class EngineRow:
     """One engine for the report: products fused with INT4 weights and run as INT8, kernels in each
-    profile, and what the check of its kernel list could read: "constants" or "names".
+    profile. checked: what the check of its kernel list could read: "constants", "names" (the
+    products are then the graph's), or "nothing": not checked.
     """
 
     engine: str
@@ -45,7 +46,7 @@ class EngineRow:
     kernels: str
     int4_products: int
     int8_products: int
-    checked: str
+    checked: Telling
 
 
 def profiles(graph: str, model: ModelSpec, cache: CacheForm = "append") -> dict[str, Profile]:
@@ -217,7 +218,6 @@ def store_engine(
     key: str,
     plan: bytes,
     kernels: Sequence[Kernel],
-    has_constants: bool,
     spec: EngineSpec,
 ) -> EngineRow:
     """Check the kernels of one engine, then write it to ``folder / spec.path``, atomically.
@@ -226,23 +226,16 @@ def store_engine(
     ExportError if an integer weight is not multiplied as an integer, or the disk refuses.
     """
     facts = graph_facts(folder / graph)
-    check = check_kernels if has_constants else check_kernel_names
-    check(kernels, facts, f"{graph} for SM{spec.capability}")
+    told = check(kernels, facts, f"{graph} for SM{spec.capability}")
     write_file(folder / spec.path, plan)
     each = sorted({k.profile for k in kernels})
-    counts = [sum(k.profile == p for k in kernels) for p in each]
-    int4, int8 = integer_products(kernels)
-    if not has_constants:
-        int4, int8 = facts.count("INT4"), facts.count("INT8")
-    return EngineRow(
-        key,
-        spec.path,
-        len(plan),
-        " / ".join(map(str, counts)),
-        int4,
-        int8,
-        "constants" if has_constants else "names",
+    counts = " / ".join(str(sum(k.profile == p for k in kernels)) for p in each)
+    products = (
+        integer_products(kernels)
+        if told == "constants"
+        else (facts.count("INT4"), facts.count("INT8"))
     )
+    return EngineRow(key, spec.path, len(plan), counts, *products, told)
 
 
 def engine_spec(

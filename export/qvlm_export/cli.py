@@ -261,7 +261,13 @@ def _build(args: argparse.Namespace) -> Answer:
     options = Options(args.workspace, args.opt_level)
     rows = add_engines(args.out, reporter(), args.target, tuple(args.sm or ()), options)
     for row in rows:
-        print(f"{row.engine}: {row.bytes / 1e6:.2f} MB, {row.kernels} kernels, {row.file}")
+        checked = (
+            "not listed by this release, not checked" if row.checked == "nothing" else "checked"
+        )
+        print(
+            f"{row.engine}: {row.bytes / 1e6:.2f} MB, {row.kernels} kernels, integer products "
+            f"{checked}, {row.file}"
+        )
     return 0, {"engines": [asdict(row) for row in rows]}
 
 

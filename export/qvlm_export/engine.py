@@ -52,9 +52,8 @@ def compile_graph(
     timing: Path,
     options: Options,
     progress: Progress,
-) -> tuple[bytes, list[Kernel], bool]:
-    """Parse and compile one graph for this device: the plan, its kernels, and whether their list
-    has constants.
+) -> tuple[bytes, list[Kernel]]:
+    """Parse and compile one graph for this device: the plan and its kernels, from the inspector.
 
     ``timing`` is read if it exists and written after. ExportError with the parser's node name, or
     the builder's message.
@@ -76,8 +75,7 @@ def compile_graph(
         raise ExportError(f"{path}: the plan does not open on this device ({log.errors()})")
     inspector = engine.create_engine_inspector()
     text = inspector.get_engine_information(trt.LayerInformationFormat.JSON)
-    kernels, has_constants = kernels_of_engine(text, str(path))
-    return plan, kernels, has_constants
+    return plan, kernels_of_engine(text, str(path))
 
 
 def compile_target(
@@ -91,7 +89,8 @@ def compile_target(
     """Build every graph's engine for this device into ``<target>/engines/<graph>.sm<NN>.plan``.
 
     Returns the spec with the engines, and a row per engine. Each plan gets its name when complete,
-    and only after its kernels were checked. ExportError; SessionError (qvlm_runtime) without a GPU or TensorRT.
+    and only after its kernels were checked. ExportError; SessionError (qvlm_runtime) without a GPU
+    or TensorRT.
     """
     version = str(tensorrt_module(BACKEND, str(folder)).__version__)
     check_release(target, version)
@@ -102,8 +101,6 @@ def compile_target(
         key = f"sm{sm}/{stem}"
         engines[key] = entry = engine_spec(spec, stem, BACKEND, version, sm, shapes)
         timing = (folder / entry.path).with_name(f"timing.sm{sm}.cache")
-        plan, kernels, has_constants = compile_graph(
-            folder / path, shapes, timing, options, progress
-        )
-        rows.append(store_engine(folder, path, key, plan, kernels, has_constants, entry))
+        plan, kernels = compile_graph(folder / path, shapes, timing, options, progress)
+        rows.append(store_engine(folder, path, key, plan, kernels, entry))
     return replace(spec, engines=engines), rows

@@ -3,10 +3,9 @@ integers in it.
 
 Two sources list the same kernels: the log of TensorRT for RTX at detailed verbosity
 (``parse_kernels``), and the JSON of an engine's inspector (``kernels_of_engine``). The inspector's
-form differs by release: a tensor's type stands under "Datatype" or "Format/Datatype", there in
-words ("Row major linear FP16"), and releases before 10.15 or so list no constants. ``check_kernels``
-reads from a list with constants that every integer weight is multiplied as such;
-``check_kernel_names``, from one without, what can be told by names and types.
+form is not documented and differs by release: a tensor's type stands under "Datatype" or
+"Format/Datatype", there in words ("Row major linear FP16"); constants may be absent; a whole region
+may stand as one layer. ``check`` therefore first asks what a list tells, and checks that much.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from math import prod
-from typing import Any
+from typing import Any, Literal
 
 from qvlm.errors import ExportError
 from qvlm_export.facts import GraphFacts
@@ -55,6 +54,8 @@ class Kernel:
         """Elements of its constants of one type."""
         return sum(t.elements for t in self.constants if t.dtype == dtype)
 
+
+Telling = Literal["constants", "names", "nothing"]
 
 _LINE = re.compile(
     r"Name: (?P<name>.*?), LayerType: (?P<kind>.*?), Inputs: (?P<inputs>.*?), "
@@ -113,8 +114,8 @@ def _tensors(text: str | None) -> tuple[KernelTensor, ...]:
     )
 
 
-def kernels_of_engine(text: str, where: str) -> tuple[list[Kernel], bool]:
-    """Kernels from an engine inspector's JSON, and whether it lists their constants.
+def kernels_of_engine(text: str, where: str) -> list[Kernel]:
+    """Kernels from an engine inspector's JSON.
 
     ExportError if the text is not such a list: an engine built without detailed verbosity has names
     only.
@@ -126,7 +127,7 @@ def kernels_of_engine(text: str, where: str) -> tuple[list[Kernel], bool]:
         raise ExportError(
             f"{where}: the engine's layer list is not understood ({error!r}). Report the release."
         ) from error
-    return _by_rank(kernels), any("Constants" in layer for layer in layers)
+    return _by_rank(kernels)
 
 
 def _layer(layer: Mapping[str, Any]) -> Kernel:
@@ -163,6 +164,27 @@ def _by_rank(kernels: Sequence[Kernel]) -> list[Kernel]:
     return [replace(kernel, profile=rank[kernel.profile]) for kernel in kernels]
 
 
+def check(kernels: Sequence[Kernel], facts: GraphFacts, where: str) -> Telling:
+    """Assert as much as the list tells about integer weights, and return what it was read from.
+
+    "constants": every integer weight's elements are found (``check_kernels``); "names": every
+    product's node is named by a kernel, whose types tell the rest (``check_kernel_names``);
+    "nothing": neither, and nothing is asserted. ExportError if a weight was lost.
+    """
+    if any(kernel.constants for kernel in kernels):
+        check_kernels(kernels, facts, where)
+        return "constants"
+    named = " ".join(kernel.nodes for kernel in kernels)
+    if not kernels or not all(_mention(p.node) in named for p in facts.products):
+        return "nothing"
+    check_kernel_names(kernels, facts, where)
+    return "names"
+
+
+def _mention(node: str) -> str:
+    return f"[ONNX Layer: {node}]"
+
+
 def check_kernels(kernels: Sequence[Kernel], facts: GraphFacts, where: str) -> None:
     """Assert from the kernel list, for every profile, that integer weights are used as integers.
 
@@ -173,10 +195,6 @@ def check_kernels(kernels: Sequence[Kernel], facts: GraphFacts, where: str) -> N
     INT8: all weight elements are constants of kernels whose input is INT8 too. ExportError
     otherwise.
     """
-    if not kernels:
-        raise ExportError(
-            f"{where}: no kernel list in the compiler's log. Use the pinned TensorRT for RTX 1.7.1"
-        )
     for profile in sorted({k.profile for k in kernels}):
         here = [k for k in kernels if k.profile == profile]
         for k in here:
@@ -207,7 +225,7 @@ def check_kernel_names(kernels: Sequence[Kernel], facts: GraphFacts, where: str)
         integer = " ".join(k.nodes for k in here if any(t.dtype == "Int8" for t in k.inputs))
         for product in facts.products:
             place = f"{where}, profile {profile}: node {product.node}"
-            if product.dtype == "INT8" and f"[ONNX Layer: {product.node}]" not in integer:
+            if product.dtype == "INT8" and _mention(product.node) not in integer:
                 raise ExportError(
                     f"{place} is in no kernel with an INT8 input, expected INT8 x INT8"
                 )

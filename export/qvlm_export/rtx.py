@@ -57,7 +57,12 @@ def compile_graph(
         plan, log, _ = compile_network(trt, path, shapes, options or Options(), progress, configure)
     except ExportError as error:
         raise ExportError(f"SM{sm}: {error}") from error
-    return plan, parse_kernels(log)
+    kernels = parse_kernels(log)
+    if not kernels:
+        raise ExportError(
+            f"{path}: no kernel list in the compiler's log. Use the pinned TensorRT for RTX 1.7.1"
+        )
+    return plan, kernels
 
 
 def compile_target(
@@ -82,6 +87,6 @@ def compile_target(
         plan, kernels = compile_graph(folder / path, shapes, sm, options, progress)
         key = f"sm{sm}/{stem}"
         engines[key] = engine_spec(spec, stem, BACKEND, version, sm, shapes)
-        rows.append(store_engine(folder, path, key, plan, kernels, True, engines[key]))
+        rows.append(store_engine(folder, path, key, plan, kernels, engines[key]))
     progress("engines", len(work), len(work))
     return replace(spec, engines=engines), rows

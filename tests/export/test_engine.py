@@ -23,7 +23,7 @@ from qvlm_export import cli
 from qvlm_export.build import model_spec
 from qvlm_export.builder import Options, profiles
 from qvlm_export.facts import GraphFacts, Product
-from qvlm_export.kernels import check_kernel_names, check_kernels, kernels_of_engine
+from qvlm_export.kernels import check, check_kernel_names, check_kernels, kernels_of_engine
 from qvlm_export.package import add_engines, write_manifest
 from qvlm_export.report import Report, component_rows, to_html
 from qvlm_runtime import SessionError
@@ -211,12 +211,14 @@ OLD = """{"Layers": [{"Name": "fc [profile 1]", "LayerType": "gemm", "Inputs": [
 
 
 def test_both_vocabularies_of_the_inspector_are_read() -> None:
-    (product, other), has_constants = kernels_of_engine(OLD, "g")
-    assert not has_constants and (product.profile, other.profile) == (1, 0)
+    product, other = kernels_of_engine(OLD, "g")
+    assert (product.profile, other.profile) == (1, 0)
     assert [t.dtype for t in (*product.inputs, *product.outputs)] == ["Int8", "Half"]
     assert [t.dtype for t in (*other.inputs, *other.outputs)] == ["Half", "Float"]
     facts = GraphFacts("g", 1, 1, (Product("n", ("a",), 96 * 160, 96, "INT8"),), 1, 1, 96)
     check_kernel_names([product], facts, "g")
+    assert check([product], facts, "g") == "names"
+    assert check([other], facts, "g") == "nothing"  # as where a region stands as one layer
     with pytest.raises(ExportError, match="profile 0: node n is in no kernel with an INT8 input"):
         check_kernel_names([product, other], facts, "g")
     with pytest.raises(ExportError, match="0 elements, expected 15360"):
@@ -224,6 +226,18 @@ def test_both_vocabularies_of_the_inspector_are_read() -> None:
     for text in ('{"Layers": ["names", "only"]}', "{}", "no json"):
         with pytest.raises(ExportError, match="layer list is not understood"):
             kernels_of_engine(text, "g")
+
+
+def test_a_list_that_tells_nothing_is_not_called_checked(
+    monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    device, out = machine(monkeypatch, "10.3.0"), folder()
+    region = {"Name": "{ForeignNode[a...b]}", "LayerType": "Myelin", "Inputs": [], "Outputs": []}
+    device.trt.layers = lambda layers: [region]
+    assert cli.main(["build", str(out), "--json"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [row["checked"] for row in json.loads(told[-1])["engines"]] == ["nothing", "nothing"]
+    assert "not listed by this release, not checked" in told[-2]
 
 
 def test_a_cache_in_place_needs_no_profile_for_the_past(built: Callable[..., Any]) -> None:

@@ -75,7 +75,6 @@ def test_a_fused_and_an_integer_product_pass() -> None:
             "48 elements, expected 96",
         ),
         ([_kernel("gemm", "Half", "Int8")], _facts("INT8", 48), "0 elements, expected 48"),
-        ([], _facts("INT8", 48), "no kernel list"),
     ],
 )
 def test_a_lost_integer_weight_is_found(kernels: Any, facts: GraphFacts, message: str) -> None:
@@ -90,6 +89,17 @@ def test_missing_wheels_are_one_line(
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(SessionError, match=r"pip install 'qvlm\[rtx\]'"):
         compile_target(folder, spec, model_spec(checkpoint), silent)
+
+
+@pytest.mark.rtx
+def test_a_log_without_kernels_is_an_error(
+    compiler: None, built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a release with another log would pass unchecked."""
+    folder, spec, _ = built("float", "rtx")
+    monkeypatch.setattr(rtx, "parse_kernels", lambda log: [])
+    with pytest.raises(ExportError, match="no kernel list"):
+        rtx.compile_graph(folder / spec.graphs["vision"], {}, 86)
 
 
 @pytest.mark.rtx

@@ -482,9 +482,7 @@ def test_an_engine_of_this_machine_steps_as_onnx_runtime_does(tmp_path: Path) ->
     spec, target = model_spec(**ALIGNED), target_spec("append")
     path = tmp_path / "decoder.onnx"
     onnx.save(toy_decoder(spec, target), path)
-    plan, _, _ = compile_graph(
-        path, profiles("decoder", spec), tmp_path / "timing", Options(), silent
-    )
+    plan, _ = compile_graph(path, profiles("decoder", spec), tmp_path / "timing", Options(), silent)
     (tmp_path / "decoder.plan").write_bytes(plan)
     sessions = [
         open_session(path, threads=1, accuracy_level=EXACT),
