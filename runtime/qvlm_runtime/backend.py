@@ -119,7 +119,7 @@ def open_session(
         from qvlm_runtime.ort import OrtSession
 
         return OrtSession(
-            path, threads=threads, accuracy_level=accuracy_level, cuda=backend == "ort-cuda"
+            path, threads=threads, accuracy_level=accuracy_level, on_gpu=backend == "ort-cuda"
         )
     if backend in PLAN_BACKENDS:
         from qvlm_runtime.trt import TrtSession

@@ -19,7 +19,8 @@ from qvlm_runtime.errors import ImageError
 _CUDA = 2  # DLDeviceType.kDLCUDA
 # DLDataTypeCode and bits
 _DTYPES = {(2, 16): "float16", (2, 32): "float32", (1, 8): "uint8"}
-_LEGACY_STREAM = 1  # in both protocols: the default stream, which the caller waits for
+# DLPack's number of the default stream. Whoever reads the memory waits for all streams anyway.
+_DEFAULT_STREAM = 1
 
 
 class _Tensor(ctypes.Structure):
@@ -44,7 +45,10 @@ def device_array(value: Any, where: str) -> DeviceArray | None:
 
     ImageError if it is one, but not dense or of a type that no image has.
     """
-    interface = getattr(value, "__cuda_array_interface__", None)
+    try:
+        interface = getattr(value, "__cuda_array_interface__", None)
+    except RuntimeError as error:  # PyTorch, of a tensor that records gradients
+        raise ImageError(f"{where}: {error}. Detach it first.") from error
     if interface is not None:
         shape, dtype = tuple(interface["shape"]), np.dtype(interface["typestr"])
         strides = interface.get("strides")
@@ -57,7 +61,7 @@ def device_array(value: Any, where: str) -> DeviceArray | None:
 
 
 def _from_dlpack(value: Any, where: str) -> DeviceArray:
-    capsule = value.__dlpack__(stream=_LEGACY_STREAM)
+    capsule = value.__dlpack__(stream=_DEFAULT_STREAM)
     pointer = ctypes.pythonapi.PyCapsule_GetPointer
     pointer.restype, pointer.argtypes = ctypes.c_void_p, (ctypes.py_object, ctypes.c_char_p)
     tensor = _Tensor.from_address(pointer(capsule, b"dltensor"))

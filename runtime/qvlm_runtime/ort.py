@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 
+from qvlm_runtime import cuda
 from qvlm_runtime.backend import Array, Binding, Buffer, DeviceArray, TensorInfo
 from qvlm_runtime.errors import SessionError
 
@@ -131,7 +132,7 @@ class OrtSession:
         *,
         threads: int | None,
         accuracy_level: int,
-        cuda: bool = False,
+        on_gpu: bool = False,
         profile: Path | None = None,
     ) -> None:
         try:
@@ -143,8 +144,8 @@ class OrtSession:
         self._path = path
         self._module = onnxruntime
         self._version = onnxruntime.__version__
-        self.device = "cuda" if cuda else "cpu"
-        provider = "CUDAExecutionProvider" if cuda else "CPUExecutionProvider"
+        self.device = "cuda" if on_gpu else "cpu"
+        provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
         if provider not in onnxruntime.get_available_providers():
             raise SessionError(
                 f"{path}: ONNX Runtime {self._version} has no {provider}. "
@@ -227,12 +228,17 @@ class OrtSession:
         return self.upload(np.concatenate(pieces))
 
     def borrow(self, array: DeviceArray) -> Buffer:
-        """A buffer over another library's CUDA memory; SessionError on the CPU."""
+        """A buffer over another library's CUDA memory; waits for the work that library enqueued.
+
+        SessionError on the CPU, or without cuda-python, which does the waiting.
+        """
         if self.device == "cpu":
             raise SessionError(
                 f"{self._path}: an image in CUDA memory, expected one on the host. "
                 "Load with a CUDA backend, or copy the image to the host."
             )
+        with cuda.device() as gpu:
+            gpu.synchronize_all()
         return OrtCudaBuffer(array, array.address, math.prod(array.shape), array.dtype)
 
     def binding(self) -> Binding:

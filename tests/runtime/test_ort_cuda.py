@@ -13,6 +13,7 @@ import types
 from pathlib import Path
 from typing import Any
 
+import fake_cuda
 import numpy as np
 import onnxruntime
 import pytest
@@ -188,7 +189,10 @@ def test_full_device_memory_is_one_line(folder: Path, fake: FakeModule) -> None:
     assert "\n" not in str(caught.value)
 
 
-def test_an_array_in_cuda_memory_is_bound_where_it_is(folder: Path, fake: FakeModule) -> None:
+def test_an_array_in_cuda_memory_is_bound_where_it_is(
+    folder: Path, fake: FakeModule, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gpu = fake_cuda.install(monkeypatch, fake_cuda.CUDA_RELEASES[-1])
     image = pictures(1)
     with load(folder, "rtx", backend="ort-cuda", threads=1) as model:
         pixels = np.asarray(model.prepare("x", image).pixels)
@@ -197,3 +201,4 @@ def test_an_array_in_cuda_memory_is_bound_where_it_is(folder: Path, fake: FakeMo
         expected, got = (model.image_features(p).buffer for p in (pixels, [borrowed]))
         np.testing.assert_array_equal(got.read(0, (3, 12)), expected.read(0, (3, 12)))
     assert ("pixel_values", "cuda") in fake.bound
+    assert gpu.calls.count("cudaDeviceSynchronize") == 1  # the producer's work is waited for

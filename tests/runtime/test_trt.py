@@ -385,6 +385,14 @@ class OnDevice:
         }
 
 
+class Recording:
+    """As PyTorch answers of a tensor that records gradients."""
+
+    @property
+    def __cuda_array_interface__(self) -> Any:
+        raise RuntimeError("Can't get the interface on Variable that requires grad")
+
+
 class Managed(ctypes.Structure):
     """DLPack's DLManagedTensor as far as a consumer reads it; the deleter is none."""
 
@@ -448,6 +456,8 @@ def test_an_image_in_cuda_memory_that_is_not_pixel_values_is_refused(
         ):
             with pytest.raises(ImageError, match=match):
                 model.generate("What?", [image])
+        with pytest.raises(ImageError, match=r"image 1: .* requires grad\. Detach it first"):
+            model.generate("What?", [Recording()])
     good = OnDevice(device.gpu, frame)
     told = pytest.raises(SessionError, match="in CUDA memory, expected one on the host")
     with load(tmp_path, backend="ort", threads=1) as model, told:
