@@ -15,6 +15,7 @@ import argparse
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -108,7 +109,7 @@ def shape_row(recipe: str, args: argparse.Namespace) -> dict[str, Any]:
     return {"format": recipe, "measured": measured, "bytes": full, "layer": layer}
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sm", type=int, default=86)
     parser.add_argument("--layers", type=int, default=22)
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--formats", nargs="+", choices=FORMATS, default=FORMATS)
     parser.add_argument("--model", choices=("demo", "1b", "both"), default="both")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     if args.depths[0] == args.depths[1]:
         parser.error("--depths: two different numbers of layers")
     result: dict[str, Any] = {"sm": args.sm}

@@ -23,7 +23,7 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -298,7 +298,7 @@ def plan(args: argparse.Namespace) -> list[str]:
     return lines
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["1b", "3b", "7b"])
     parser.add_argument("--parts", nargs="+", choices=("a", "b", "c"), default=["a", "b", "c"])
@@ -312,7 +312,7 @@ def main() -> None:
     parser.add_argument("--no-huggingface", dest="huggingface", action="store_false")
     parser.add_argument("--dry-run", action="store_true", help="say what would run")
     parser.add_argument("--json", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     result: dict[str, Any] = {"device": describe(), "prompt": args.prompt}
     print(f"device: {json.dumps(result['device'])}")
     if args.dry_run:
