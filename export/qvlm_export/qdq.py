@@ -252,6 +252,8 @@ def lookup(b: GraphBuilder, ids: ir.Value, name: str, shape: tuple[int, int]) ->
     assert gathered is not None
     gathered.metadata_props[LINEARS_KEY] = name
     return b.op("Mul", rows, b.op("Gather", b.constant(f"{name}.row_scale", factor), ids, axis=0))
+
+
 def _alone(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
     """A group of one float or INT4 linear."""
     return [_bias(b, _matmul(b, x, group[0]), group)]

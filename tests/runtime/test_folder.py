@@ -94,8 +94,12 @@ def test_a_path_that_leaves_the_folder_is_refused(folder: Path, path: str, place
     def change(data: dict) -> None:
         if place == "files":
             data["files"][path] = {"bytes": 1, "sha256": "0"}
+        elif place == "graphs":
+            data["targets"]["ort"]["graphs"]["decoder"] = path
         else:
-            data["targets"]["ort"][place]["decoder"] = path
+            data["targets"]["ort"]["engines"]["sm87/decoder"] = {
+                "path": path, "backend": "tensorrt", "version": "10.3.0", "capability": 87
+            }  # fmt: skip
 
     edit(folder, change)
     assert "leaves the folder" in refusal(folder)
