@@ -93,6 +93,7 @@ def _byte_letters() -> dict[int, str]:
 class FakeBuffer:
     def __init__(self, elements: int, dtype: str) -> None:
         self.array = np.zeros(elements, dtype)
+        self.nbytes = self.array.nbytes
 
     def read(self, start: int, shape: Sequence[int]) -> np.ndarray:
         return self.array[start : start + int(np.prod(shape))].reshape(shape).copy()

@@ -263,7 +263,8 @@ class Model:
         return Features.join(self.decoder.session, pieces)
 
     def close(self) -> None:
-        """Release the graphs; a later generation raises SessionError."""
+        """Release the graphs and let go of the image features; a later generation raises SessionError."""
+        self.feature_cache = FeatureCache(0)
         self.vision.close()
         self.decoder.session.close()
 

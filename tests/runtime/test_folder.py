@@ -166,7 +166,7 @@ def test_a_missing_key_is_named(folder: Path, place: str) -> None:
         ("model", "eos_token_ids", ["a"]),
         ("model", "eos_token_ids", 2),
         ("model", "template_tokens", {"bos_token": 1}),
-        ("ort", "dtype", "bfloat16"),
+        ("ort", "dtype", "float8"),
         ("ort", "cache", "ring"),
         ("ort", "graphs", ["a"]),
     ],

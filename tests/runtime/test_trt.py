@@ -23,7 +23,7 @@ from fake_cuda import CUDA_RELEASES
 from PIL import Image
 from runtime_support import FORMS, SCATTERS, model_spec, target_spec, toy_decoder
 
-from qvlm_runtime import FolderError, ImageError, SessionError, cuda, device_array, load
+from qvlm_runtime import FeatureCache, FolderError, ImageError, SessionError, cuda, device_array, load
 from qvlm_runtime.backend import EXACT, as_float32, as_host, host_dtype, open_session
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.manifest import read_manifest
@@ -258,7 +258,12 @@ def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     for _ in range(3):
         model.generate("Hello", pictures(1), max_new_tokens=3)
     gc.collect()
+    assert len(model.feature_cache) == 3
+    assert loaded - device.gpu.free == 3 * cuda.ALIGNMENT  # each image's features are smaller
+    model.feature_cache.clear()
     assert device.gpu.free == loaded
+    model.generate("Hello", pictures(1), max_new_tokens=3)
+    gc.collect()
     model.close()
     assert device.gpu.free == device.gpu.total
     with pytest.raises(SessionError, match="Load the folder again"):
@@ -427,7 +432,7 @@ def test_an_image_in_cuda_memory_is_read_where_it_is(
 ) -> None:
     device = machine(monkeypatch, "10.3.0")
     toy_engines(tmp_path, device)
-    with load(tmp_path) as model:
+    with load(tmp_path, feature_cache=FeatureCache(0)) as model:
         (image, other) = pictures(2)
         pixels = model.prepare("x", [image]).pixels
         there = protocol(OnDevice(device.gpu, np.asarray(pixels)[0]))
@@ -439,6 +444,28 @@ def test_an_image_in_cuda_memory_is_read_where_it_is(
         model.generate("What?", [image, other], max_new_tokens=12)
         whole = device.gpu.copied["HostToDevice"] - sent - again
         assert whole - again == 3 * 6 * 6 * 4  # one image's pixels were not sent
+
+
+def test_features_are_kept_on_the_device_but_those_of_a_cuda_array_are_not(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A camera may fill the same array again; within a conversation it is one picture."""
+    device = machine(monkeypatch, "10.3.0")
+    toy_engines(tmp_path, device)
+    with load(tmp_path) as model:
+        image = pictures(1)
+        there = OnDevice(device.gpu, np.asarray(model.prepare("x", image).pixels)[0])
+        first, again = (model.generate("What?", image, max_new_tokens=12) for _ in range(2))
+        assert (first.timings.cached_images, again.timings.cached_images) == (0, 1)
+        for _ in range(2):
+            lent = model.generate("What?", [there], max_new_tokens=12)
+            assert lent.token_ids == again.token_ids == first.token_ids
+            assert lent.timings.cached_images == 0
+        assert len(model.feature_cache) == 1
+        with model.conversation() as talk:
+            talk.ask("What?", [there], max_new_tokens=4)
+            second = talk.ask("And?", max_new_tokens=4)
+            assert second.timings.cached_images == 1 and second.timings.cached_tokens > 3
 
 
 def test_an_image_in_cuda_memory_that_is_not_pixel_values_is_refused(
@@ -459,7 +486,7 @@ def test_an_image_in_cuda_memory_that_is_not_pixel_values_is_refused(
         with pytest.raises(ImageError, match=r"image 1: .* requires grad\. Detach it first"):
             model.generate("What?", [Recording()])
     good = OnDevice(device.gpu, frame)
-    told = pytest.raises(SessionError, match="in CUDA memory, expected one on the host")
+    told = pytest.raises(ImageError, match=r"image 1: the array is on a device \(CUDA\)")
     with load(tmp_path, backend="ort", threads=1) as model, told:
         model.generate("What?", [good])
 
