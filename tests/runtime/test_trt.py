@@ -23,7 +23,15 @@ from fake_cuda import CUDA_RELEASES
 from PIL import Image
 from runtime_support import FORMS, SCATTERS, model_spec, target_spec, toy_decoder
 
-from qvlm_runtime import FeatureCache, FolderError, ImageError, SessionError, cuda, device_array, load
+from qvlm_runtime import (
+    FeatureCache,
+    FolderError,
+    ImageError,
+    SessionError,
+    cuda,
+    device_array,
+    load,
+)
 from qvlm_runtime.backend import EXACT, as_float32, as_host, host_dtype, open_session
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.manifest import read_manifest
