@@ -33,7 +33,9 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
 }
 # A heavy library is imported in these files only, inside functions.
 ONLY_IN = {
-    "tensorrt_rtx_bindings": {"export/qvlm_export/rtx.py"},
+    "tensorrt": {"runtime/qvlm_runtime/trt.py"},
+    "tensorrt_rtx_bindings": {"runtime/qvlm_runtime/trt.py"},
+    "cuda": {"runtime/qvlm_runtime/cuda.py"},
     "onnxruntime": {"runtime/qvlm_runtime/ort.py"},
     "llguidance": {"runtime/qvlm_runtime/grammar.py"},
     "uvicorn": {"runtime/qvlm_runtime/serve/cli.py"},
@@ -94,10 +96,7 @@ def test_imports_follow_the_table(name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 def test_heavy_libraries_are_imported_inside_functions(name: str) -> None:
-    heavy = {
-        *("transformers", "onnxruntime", "tensorrt_rtx_bindings", "safetensors", "tokenizers"),
-        *("uvicorn", "llguidance"),
-    }
+    heavy = {*ONLY_IN, "transformers", "safetensors", "tokenizers"}
     found = {m for m, at_import in imports(ROOT / name) if at_import and m.split(".")[0] in heavy}
     assert not found
 

@@ -3,7 +3,7 @@
     qvlm-export SRC OUT [--target T]... [--recipe NAME|FILE] [--method M] [--calib PATH] ...
     qvlm-export verify OUT       replay the goldens through ONNX Runtime
     qvlm-export check OUT|FILE   TensorRT's rules, without TensorRT
-    qvlm-export build OUT        engines with TensorRT for RTX, for the GPU generations named
+    qvlm-export build OUT        engines: with TensorRT on this device, or for rtx on any machine
     qvlm-export report OUT       draw report.html again, with a comparison's rows
     qvlm-export targets          the table of targets
 
@@ -292,21 +292,36 @@ def _check(args: argparse.Namespace) -> Answer:
 
 def _build_parser() -> Command:
     parser = _parser(
-        "build", "Compile an exported folder's rtx graphs with TensorRT for RTX; needs no GPU."
+        "build",
+        "Engines of an exported folder: with TensorRT on the device that runs them, or, target rtx, "
+        "ahead of time on any machine.",
     )
-    parser.add_argument("out", metavar="OUT", type=Path, help="folder exported with --target rtx")
-    parser.add_argument(
-        "--sm", type=int, action="append", metavar="NN", help="generation; default 86 and 89"
-    )
+    add = parser.add_argument
+    add("out", metavar="OUT", type=Path, help="folder written by qvlm-export")
+    names = [name for name, target in TARGETS.items() if target.is_tensorrt]
+    add("--target", choices=names, help="default: the folder's only one; rtx with --sm")
+    add("--sm", type=int, action="append", metavar="NN", help="rtx: generation; default 86 and 89")
+    add("--workspace", type=int, metavar="MIB", help="scratch memory a kernel may take")
+    add("--opt-level", type=int, choices=range(6), help="how long to search; default 3")
     return parser, _build
 
 
 def _build(args: argparse.Namespace) -> Answer:
+    from qvlm_export.builder import Options
     from qvlm_export.package import add_engines
 
-    rows = add_engines(args.out, tuple(args.sm or (86, 89)), reporter())
+    if args.workspace is not None and args.workspace < 1:
+        raise ExportError(f"--workspace: got {args.workspace}, expected at least 1 MiB.")
+    options = Options(args.workspace, args.opt_level)
+    rows = add_engines(args.out, reporter(), args.target, tuple(args.sm or ()), options)
     for row in rows:
-        print(f"{row.engine}: {row.bytes / 1e6:.2f} MB, {row.kernels} kernels, {row.file}")
+        checked = (
+            "not listed by this release, not checked" if row.checked == "nothing" else "checked"
+        )
+        print(
+            f"{row.engine}: {row.bytes / 1e6:.2f} MB, {row.kernels} kernels, integer products "
+            f"{checked}, {row.file}"
+        )
     return 0, {"engines": [asdict(row) for row in rows]}
 
 

@@ -177,9 +177,9 @@ def fit(folder: Path, target: str, spec: TargetSpec, model: ModelSpec, device: D
 def _engine_bytes(folder: Path, spec: TargetSpec) -> int:
     """Bytes of the largest set of engines, one set per GPU generation; 0 without engines."""
     sets: dict[str, int] = {}
-    for key, path in spec.engines.items():
+    for key, engine in spec.engines.items():
         generation = key.partition("/")[0]
-        sets[generation] = sets.get(generation, 0) + (folder / path).stat().st_size
+        sets[generation] = sets.get(generation, 0) + (folder / engine.path).stat().st_size
     return max(sets.values(), default=0)
 
 

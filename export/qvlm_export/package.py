@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import shutil
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +15,18 @@ from qvlm import __version__
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm.progress import Progress
+from qvlm_export import engine, rtx
 from qvlm_export.build import image_spec, model_spec
+from qvlm_export.builder import EngineRow, Options, write_file
 from qvlm_export.processor import chat_template
 from qvlm_export.report import Report, to_html
-from qvlm_export.rtx import EngineRow, compile_target
+from qvlm_export.targets import named_target
 from qvlm_runtime.manifest import Manifest, TargetSpec, digest, read_manifest, verify_files
 
 MANIFEST = "manifest.json"
 # Copied as they are; the runtime needs the first, verify the second.
 _REQUIRED = ("tokenizer.json", "goldens.npz", "recipe.json")
+_REPORT = ("report.json", "report.html")
 
 
 def add_runtime_files(checkpoint: Checkpoint, folder: Path) -> None:
@@ -93,31 +96,48 @@ def _write(folder: Path, manifest: Manifest) -> None:
         partial.unlink(missing_ok=True)
 
 
-def add_engines(folder: Path, capabilities: Sequence[int], progress: Progress) -> list[EngineRow]:
-    """Compile a finished folder's rtx graphs and enter the engines into its manifest.
+def add_engines(
+    folder: Path,
+    progress: Progress,
+    target: str | None = None,
+    capabilities: Sequence[int] = (),
+    options: Options | None = None,
+) -> list[EngineRow]:
+    """Build engines of one target of a finished folder, and enter them into its report and manifest.
 
-    The folder is verified first. ExportError if it has no rtx target or a graph does not compile; FolderError
-    (qvlm_runtime) if it is not whole. The manifest changes last, in one rename.
+    target "rtx" is compiled ahead of time for ``capabilities`` (default 86 and 89); any other on
+    this device, with TensorRT. None: rtx if capabilities are given, else the only TensorRT target.
+    The folder is verified first. ExportError if it has no such target or a graph does not compile;
+    FolderError (qvlm_runtime) if it is not whole. The manifest changes last, in one rename.
     """
     manifest = read_manifest(folder)
-    if "rtx" not in manifest.targets:
-        raise ExportError(
-            f"{folder}: targets {', '.join(manifest.targets)}, expected rtx. Export again with --target rtx."
-        )
+    name = _buildable(folder, manifest, target, capabilities)
     verify_files(folder, manifest)
-    spec, rows = compile_target(
-        folder, manifest.targets["rtx"], manifest.model, progress, capabilities
-    )
-    files = {**manifest.files, **{row.file: digest(folder / row.file) for row in rows}}
-    targets = {**manifest.targets, "rtx": spec}
+    spec, options = manifest.targets[name], options or Options()
+    if name == "rtx":
+        spec, rows = rtx.compile_target(
+            folder,
+            spec,
+            manifest.model,
+            progress,
+            capabilities or rtx.COMPUTE_CAPABILITIES,
+            options,
+        )
+    else:
+        spec, rows = engine.compile_target(
+            folder, named_target(name), spec, manifest.model, progress, options
+        )
+    changed = [*(row.file for row in rows), *_add_to_report(folder, name, rows)]
+    files = {**manifest.files, **{file: digest(folder / file) for file in changed}}
+    targets = {**manifest.targets, name: spec}
     _write(folder, replace(manifest, targets=targets, files=files))
     return rows
 
 
 def write_report(folder: Path, report: Report) -> None:
-    """Write report.json and report.html."""
-    (folder / "report.json").write_text(report.to_json(), encoding="utf-8")
-    (folder / "report.html").write_text(to_html(report), encoding="utf-8")
+    """Write report.json and report.html, each atomically; ExportError if the disk refuses."""
+    write_file(folder / "report.json", report.to_json().encode())
+    write_file(folder / "report.html", to_html(report).encode())
 
 
 def redraw_report(folder: Path, comparison: Sequence[Mapping[str, Any]]) -> Report:
@@ -131,10 +151,46 @@ def redraw_report(folder: Path, comparison: Sequence[Mapping[str, Any]]) -> Repo
     if comparison:
         report = replace(report, comparison=comparison)
     write_report(folder, report)
-    names = ("report.json", "report.html")
-    files = {**manifest.files, **{name: digest(folder / name) for name in names}}
+    files = {**manifest.files, **{name: digest(folder / name) for name in _REPORT}}
     _write(folder, replace(manifest, files=files))
     return report
+
+
+def _buildable(
+    folder: Path, manifest: Manifest, target: str | None, capabilities: Sequence[int]
+) -> str:
+    """The target to build engines for."""
+    names = [name for name in manifest.targets if named_target(name).is_tensorrt]
+    if target is None and capabilities:
+        target = "rtx"
+    if target is None and len(names) == 1:
+        target = names[0]
+    if target not in names:
+        wanted = "one TensorRT target" if target is None else target
+        raise ExportError(
+            f"{folder}: targets {', '.join(manifest.targets)}, expected {wanted}. "
+            + ("Name one with --target." if len(names) > 1 else "Export again with --target.")
+        )
+    if capabilities and target != "rtx":
+        raise ExportError(
+            f"{folder}: --sm is for target rtx; engines of {target} are built on their device. "
+            "Leave --sm out."
+        )
+    return target
+
+
+def _add_to_report(folder: Path, target: str, rows: Sequence[EngineRow]) -> tuple[str, ...]:
+    """Replace the target's engine rows of the same name in report.json and report.html; the files changed."""
+    path = folder / "report.json"
+    if not path.is_file():
+        return ()
+    report = Report.read(path)
+    section = report.targets.setdefault(target, {})
+    new = {row.engine for row in rows}
+    kept = [row for row in section.get("engines", ()) if row["engine"] not in new]
+    section["engines"] = kept + [asdict(row) for row in rows]
+    write_report(folder, report)
+    return _REPORT
 
 
 def move(source: Path, destination: Path, overwrite: bool) -> None:

@@ -2,7 +2,9 @@
 
 An engine owns its memory (``Buffer``), so a cache lives where the engine computes and the same
 cache code drives a CPU and a GPU. A ``Binding`` belongs to one generation; a ``Session`` is shared
-by all of them and is safe to use from several threads, each with its own binding.
+by all of them and is safe to use from several threads, each with its own binding. Sessions of one
+backend share their memory: a buffer of one may be placed in a binding of another, so image features
+go from the vision graph to the decoder without leaving the device.
 """
 
 from __future__ import annotations
@@ -26,6 +28,11 @@ Array = NDArray[Any]
 FAST = 4
 EXACT = 1
 
+# Engines that run graphs, and engines that run plans built for one GPU.
+GRAPH_BACKENDS = ("ort", "ort-cuda")
+PLAN_BACKENDS = ("tensorrt", "tensorrt-rtx")
+BACKENDS = GRAPH_BACKENDS + PLAN_BACKENDS
+
 
 @dataclass(frozen=True)
 class TensorInfo:
@@ -35,8 +42,22 @@ class TensorInfo:
     shape: tuple[int | None, ...]
 
 
+@dataclass(frozen=True)
+class DeviceArray:
+    """A dense C-ordered array in another library's CUDA memory. ``owner`` keeps it alive."""
+
+    address: int
+    shape: tuple[int, ...]
+    dtype: str
+    owner: Any
+
+
 class Buffer(Protocol):
     """A dense allocation of one dtype in the engine's memory, zero at first."""
+
+    @property
+    def nbytes(self) -> int:
+        """Its size in bytes."""
 
     def read(self, start: int, shape: Sequence[int]) -> Array:
         """Copy of the piece that begins at element ``start``."""
@@ -75,6 +96,15 @@ class Session(Protocol):
     def buffer(self, elements: int, dtype: str) -> Buffer:
         """Allocate ``elements`` zeros."""
 
+    def upload(self, array: Array) -> Buffer:
+        """A buffer that holds a host array's elements. The array must not change afterwards."""
+
+    def join(self, buffers: Sequence[Buffer]) -> Buffer:
+        """A new buffer with the elements of several of one dtype, one behind the other."""
+
+    def borrow(self, array: DeviceArray) -> Buffer:
+        """A buffer over memory of another library. SessionError if it is not this engine's kind."""
+
     def binding(self) -> Binding:
         """A fresh binding, for one thread."""
 
@@ -90,15 +120,28 @@ def open_session(
     backend: str = "ort",
     prepared: Path | None = None,
 ) -> Session:
-    """Open a graph. ``threads`` None leaves the number to the engine. SessionError if it fails.
+    """Open a graph (backends ort, ort-cuda) or a plan (tensorrt, tensorrt-rtx).
 
-    prepared: a folder where the engine keeps its own form of the graph, see prepared.py.
+    ``threads`` None leaves the number to the engine. prepared: a folder where ONNX Runtime keeps its
+    own form of the graph for the CPU, see prepared.py; other backends keep none. SessionError if it
+    fails.
     """
-    if backend != "ort":
-        raise SessionError(f"{path}: no backend {backend!r}, expected 'ort'")
-    from qvlm_runtime.ort import OrtSession
+    if backend in GRAPH_BACKENDS:
+        from qvlm_runtime.ort import OrtSession
 
-    return OrtSession(path, threads=threads, accuracy_level=accuracy_level, prepared=prepared)
+        on_gpu = backend == "ort-cuda"
+        return OrtSession(
+            path,
+            threads=threads,
+            accuracy_level=accuracy_level,
+            on_gpu=on_gpu,
+            prepared=None if on_gpu else prepared,
+        )
+    if backend in PLAN_BACKENDS:
+        from qvlm_runtime.trt import TrtSession
+
+        return TrtSession(path, backend)
+    raise SessionError(f"{path}: no backend {backend!r}, expected one of {', '.join(BACKENDS)}")
 
 
 def missing_tensors(
@@ -116,6 +159,26 @@ def missing_tensors(
             )
 
 
+def host_dtype(name: str) -> np.dtype[Any]:
+    """NumPy's type for a tensor type; bfloat16, which NumPy lacks, as its bits in uint16."""
+    return np.dtype("uint16" if name == "bfloat16" else name)
+
+
 def as_host(value: Any, dtype: str | np.dtype[Any]) -> Array:
-    """A C-contiguous array of that dtype, without a copy where it already is one."""
-    return np.ascontiguousarray(value, dtype=dtype)
+    """A C-contiguous array of that dtype, without a copy where it already is one.
+
+    bfloat16 comes as its bits (uint16), rounded to nearest even; bits go through as they are.
+    """
+    if dtype != "bfloat16":
+        return np.ascontiguousarray(value, dtype=dtype)
+    if np.asarray(value).dtype == np.uint16:
+        return np.ascontiguousarray(value)
+    bits = np.ascontiguousarray(value, np.float32).view(np.uint32)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+
+
+def as_float32(array: Array, dtype: str) -> NDArray[np.float32]:
+    """A float32 copy of what the engine gave in ``dtype``."""
+    if dtype != "bfloat16":
+        return array.astype(np.float32)
+    return (array.astype(np.uint32) << 16).view(np.float32)

@@ -14,7 +14,7 @@ from typing import Protocol
 
 import numpy as np
 
-from qvlm_runtime.backend import Array, Binding, Buffer, Session
+from qvlm_runtime.backend import Array, Binding, Buffer, Session, host_dtype
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
 
 
@@ -54,7 +54,7 @@ def make_cache(session: Session, model: ModelSpec, target: TargetSpec, capacity:
 def cache_bytes(model: ModelSpec, target: TargetSpec, capacity: int) -> int:
     """What the buffers of a cache of ``capacity`` rows take, in bytes."""
     row = 2 * model.layers * model.kv_heads * model.head_dim
-    return capacity * row * np.dtype(target.dtype).itemsize
+    return capacity * row * host_dtype(target.dtype).itemsize
 
 
 class _Buffers:

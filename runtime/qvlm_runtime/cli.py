@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvlm_runtime.backend import EXACT, FAST
+from qvlm_runtime.backend import BACKENDS, EXACT, FAST
 from qvlm_runtime.errors import PromptError, RuntimeFault
 from qvlm_runtime.model import load
 from qvlm_runtime.stream import Generation
@@ -29,7 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     add("folder", metavar="OUT", help="folder written by qvlm-export")
     add("prompt", metavar="PROMPT", help="the question")
     add("--image", action="append", default=[], metavar="FILE", help="an image; may be repeated")
-    add("--target", help="which target's graphs (default: ort, or the only one)")
+    add("--target", help="default: one with engines for this GPU, ort, or the only one")
+    add("--backend", choices=BACKENDS, help="default: engines built for this GPU, else ort")
     add("--max-new-tokens", type=int, metavar="N", help="default: 256, or what the cache holds")
     add("--temperature", type=float, default=0.0, metavar="T", help="0 is greedy (default)")
     add("--top-k", type=int, default=0, metavar="K", help="0 keeps all tokens (default)")
@@ -67,6 +68,7 @@ def _answer(args: argparse.Namespace) -> Generation:
     with load(
         args.folder,
         args.target,
+        backend=args.backend,
         threads=args.threads,
         accuracy_level=level,
         verify=not args.no_verify,

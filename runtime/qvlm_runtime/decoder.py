@@ -7,11 +7,20 @@ and the evaluation use it to replay a prompt token by token.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from qvlm_runtime.backend import Array, Session, as_host, missing_tensors
+from qvlm_runtime.backend import (
+    Array,
+    Buffer,
+    Session,
+    as_float32,
+    as_host,
+    host_dtype,
+    missing_tensors,
+)
 from qvlm_runtime.cache import cache_bytes, cache_tensors, make_cache
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
@@ -25,6 +34,30 @@ def position_ids(start: int, count: int) -> NDArray[np.int64]:
     The only place that decides positions; a family with rotary sections (M-RoPE) replaces it.
     """
     return np.arange(start, start + count, dtype=np.int64)[None]
+
+
+@dataclass(frozen=True)
+class Features:
+    """Image features where the engine computes: ``rows`` times hidden_size elements.
+
+    Written once, by the vision graph; several sequences may read them at once.
+    """
+
+    buffer: Buffer
+    rows: int
+
+    @property
+    def nbytes(self) -> int:
+        """Memory they take."""
+        return self.buffer.nbytes
+
+    @staticmethod
+    def join(session: Session, pieces: Sequence[Features]) -> Features:
+        """The features of several images one behind the other."""
+        if len(pieces) == 1:
+            return pieces[0]
+        buffer = session.join([piece.buffer for piece in pieces])
+        return Features(buffer, sum(piece.rows for piece in pieces))
 
 
 class Decoder:
@@ -55,10 +88,11 @@ class Decoder:
         """Bytes that the cache of a sequence with room for ``capacity`` rows takes."""
         return cache_bytes(self.model, self.target, self._fixed_rows or capacity)
 
-    def start(self, capacity: int, features: Array | None = None) -> DecoderState:
+    def start(self, capacity: int, features: Features | Array | None = None) -> DecoderState:
         """Begin a sequence with room for ``capacity`` rows.
 
-        features: F [M, hidden], the rows image_index counts; None for a prompt without images.
+        features: F [M, hidden], the rows image_index counts, on the host or where the engine
+        computes; None for a prompt without images.
         PromptError if capacity exceeds ``max_rows``.
         """
         if capacity > self.max_rows:
@@ -72,22 +106,34 @@ class Decoder:
 class DecoderState:
     """The state of one sequence: its cache, its binding and the buffers of a decode step."""
 
-    def __init__(self, decoder: Decoder, capacity: int, features: Array | None) -> None:
+    def __init__(self, decoder: Decoder, capacity: int, features: Features | Array | None) -> None:
         model, dtype = decoder.model, decoder.target.dtype
-        self._no_features = np.zeros((1, model.hidden_size), dtype)
+        self._session, self._hidden_size = decoder.session, model.hidden_size
         self._cache = make_cache(decoder.session, model, decoder.target, capacity)
         self._binding = decoder.session.binding()
+        self._dtype = dtype
+        self._no_features = self._uploaded(np.zeros((1, model.hidden_size), np.float32))
         self.set_features(features)
-        self._logits = np.empty((1, 1, model.vocab_size), dtype)
+        self._logits = np.empty((1, 1, model.vocab_size), host_dtype(dtype))
         self._binding.fetch("logits", self._logits)
         # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
         self._one = {name: np.full((1, 1), -1, np.int64) for name in _TOKENS}
         self._bound_one = False
 
-    def set_features(self, features: Array | None) -> None:
-        """Replace the rows that image_index counts in later steps: F [M, hidden], None for none."""
-        rows = self._no_features if features is None else as_host(features, self._no_features.dtype)
-        self._binding.host("image_features", rows)
+    def set_features(self, features: Features | Array | None) -> None:
+        """Replace the rows that image_index counts in later steps, None for none.
+
+        features: F [M, hidden], on the host or where the engine computes.
+        """
+        if features is None:
+            features = self._no_features
+        elif not isinstance(features, Features):
+            features = self._uploaded(features)
+        shape = (features.rows, self._hidden_size)
+        self._binding.place("image_features", features.buffer, 0, shape)
+
+    def _uploaded(self, rows: Array) -> Features:
+        return Features(self._session.upload(as_host(rows, self._dtype)), len(rows))
 
     @property
     def capacity(self) -> int:
@@ -133,8 +179,7 @@ class DecoderState:
         cache.bind(self._binding, count)
         self._binding.run()
         cache.advance(count)
-        logits: NDArray[np.float32] = self._logits[0, 0].astype(np.float32)  # a copy
-        return logits
+        return as_float32(self._logits[0, 0], self._dtype)
 
     def cache_rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values, each F [1, kv_heads, length, head_dim]."""

@@ -1,13 +1,18 @@
 """Image features that were computed before: a second question about an image skips the vision graph.
 
-The key is a sha256 over the preprocessed pixels, the image-processor settings and the digest of the
-vision graph. Equal keys therefore mean equal input to an equal graph, whatever file or array the
-image came from. Bounded in bytes; the entry that was not used for the longest time goes first.
+The key is a sha256 over the preprocessed pixels, the image-processor settings, the backend and the
+digest of the vision graph. Equal keys therefore mean equal input to an equal graph, whatever file or
+array the image came from. Features stay where the engine computes. Bounded in bytes; the entry that
+was not used for the longest time goes first.
+
+An image in CUDA memory is read there and not hashed: it has a key of its own, and its features are
+not kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -15,17 +20,25 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from qvlm_runtime.backend import Array
+from qvlm_runtime.backend import DeviceArray
+from qvlm_runtime.decoder import Features
 
 DEFAULT_BYTES = 128 << 20  # 14 images of LLaVA-1.5 in float32 (576 rows of 4,096)
 
 
+_numbers = itertools.count()
+
+
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A preprocessed image: pixels float32 [3, H, W] and the key of its features."""
+    """A preprocessed image: pixels [3, H, W], float32 or in CUDA memory, and the key of its features.
 
-    pixels: NDArray[np.float32]
+    hashed: whether the key is a digest of the pixels.
+    """
+
+    pixels: NDArray[np.float32] | DeviceArray
     key: str
+    hashed: bool = True
 
     @staticmethod
     def of(pixels: NDArray[np.float32], salt: str) -> Picture:
@@ -34,6 +47,11 @@ class Picture:
         sha.update(str(pixels.shape).encode())
         sha.update(np.ascontiguousarray(pixels).data)
         return Picture(pixels, sha.hexdigest())
+
+    @staticmethod
+    def on_device(pixels: DeviceArray) -> Picture:
+        """A picture like no other, also if the array is the same: its contents may have changed."""
+        return Picture(pixels, f"device {next(_numbers)}", hashed=False)
 
 
 class FeatureCache:
@@ -49,14 +67,14 @@ class FeatureCache:
         self.hits = 0
         self.misses = 0
         self.bytes = 0
-        self._entries: OrderedDict[str, Array] = OrderedDict()
+        self._entries: OrderedDict[str, Features] = OrderedDict()
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def get(self, key: str) -> Array | None:
-        """The features, read-only, or None."""
+    def get(self, key: str) -> Features | None:
+        """The features, or None."""
         with self._lock:
             found = self._entries.get(key)
             if found is None:
@@ -66,11 +84,10 @@ class FeatureCache:
             self._entries.move_to_end(key)
             return found
 
-    def put(self, key: str, features: Array) -> None:
-        """Keep features; they must not be written to afterwards. Too large ones are not kept."""
+    def put(self, key: str, features: Features) -> None:
+        """Keep features. Too large ones are not kept."""
         if features.nbytes > self.max_bytes:
             return
-        features.flags.writeable = False
         with self._lock:
             replaced = self._entries.pop(key, None)
             self.bytes += features.nbytes - (0 if replaced is None else replaced.nbytes)

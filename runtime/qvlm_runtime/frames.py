@@ -1,7 +1,8 @@
 """Camera frames as arrays of other libraries: taken without a copy where they are in host memory.
 
 A device array is refused by name of its device. Its copy to the host costs time that an application
-should see, so it is not made here.
+should see, so it is not made here. A CUDA backend takes CUDA arrays before they come here
+(device_array.py).
 """
 
 from __future__ import annotations
@@ -42,6 +43,6 @@ def host_array(source: Any, where: str) -> NDArray[Any] | None:
 
 def _on_device(where: str, device: str) -> ImageError:
     return ImageError(
-        f"{where}: the array is on a device ({device}), this runtime takes frames in host memory. "
+        f"{where}: the array is on a device ({device}), expected one in host memory. "
         "Copy it first, for example with .cpu() or .get()."
     )

@@ -20,6 +20,9 @@ DEFAULT_NEW_TOKENS = 256
 class Timings:
     """Seconds and counts of one generation. Decode is every step after the prefill.
 
+    TensorRT's vision graph is put in the GPU's queue and not waited for: its time is in the prefill
+    there, which is.
+
     cached_images are those of ``images`` whose features were known; cached_tokens those of
     ``prompt_tokens`` whose cache rows were kept from the turn before, so that only the others were
     run.

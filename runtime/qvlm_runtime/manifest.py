@@ -4,7 +4,7 @@
       manifest.json               this file's ``Manifest``; sha256 of every other file
       tokenizer.json  chat_template.jinja
       ort/vision.onnx  ort/vision.onnx.data  ort/decoder.onnx  ort/decoder.onnx.data
-      rtx/...  rtx/engines/vision.sm86.plan ...
+      rtx/...  rtx/engines/vision.sm86.plan ...  jetpack6/engines/vision.sm87.plan ...
       goldens.npz  recipe.json  report.html  report.json
 
 Contract of the two graphs (batch is always 1; F is the target's float type):
@@ -77,6 +77,22 @@ class ImageSpec:
 
 
 @dataclass(frozen=True)
+class EngineSpec:
+    """One plan, and what it runs on.
+
+    backend: "tensorrt" or "tensorrt-rtx"; version: its release, exactly; capability: 87 for compute
+    capability 8.7. profiles maps "prefill", "decode" and "extend" to {"tokens": [least, optimal,
+    largest], "past": [...]}; a vision engine has none.
+    """
+
+    path: str
+    backend: str
+    version: str
+    capability: int
+    profiles: Mapping[str, Mapping[str, tuple[int, ...]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class TargetSpec:
     """One target's graphs inside the folder.
 
@@ -88,7 +104,7 @@ class TargetSpec:
     opset: int
     cache: CacheForm
     graphs: Mapping[str, str]
-    engines: Mapping[str, str] = field(default_factory=dict)
+    engines: Mapping[str, EngineSpec] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -153,7 +169,7 @@ class Manifest:
         """Every path the manifest names."""
         named = list(self.files)
         for target in self.targets.values():
-            named += [*target.graphs.values(), *target.engines.values()]
+            named += [*target.graphs.values(), *(e.path for e in target.engines.values())]
         return named
 
 
@@ -167,10 +183,15 @@ def _parse(data: dict[str, Any]) -> Manifest:
         str(data["version"]),
         ModelSpec(**model),
         ImageSpec(**image),
-        {name: TargetSpec(**target) for name, target in data["targets"].items()},
+        {name: _target(target) for name, target in data["targets"].items()},
         {name: FileEntry(**entry) for name, entry in data["files"].items()},
         data["recipe"],
     )
+
+
+def _target(data: dict[str, Any]) -> TargetSpec:
+    engines = {key: EngineSpec(**engine) for key, engine in data["engines"].items()}
+    return TargetSpec(**{**data, "engines": engines})
 
 
 def _wrong_values(manifest: Manifest) -> Iterator[str]:
@@ -186,7 +207,8 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
         yield f"model.eos_token_ids is {model.eos_token_ids!r}, expected integers"
     maps: dict[str, Any] = {"model.template_tokens": model.template_tokens}
     for name, target in manifest.targets.items():
-        maps |= {f"targets.{name}.graphs": target.graphs, f"targets.{name}.engines": target.engines}
+        maps[f"targets.{name}.graphs"] = target.graphs
+        yield from _wrong_engines(name, target)
         if target.dtype not in DTYPES:
             yield f"targets.{name}.dtype is {target.dtype!r}, expected one of {DTYPES}"
         if target.cache not in CACHE_FORMS:
@@ -194,6 +216,13 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
     for key, value in maps.items():
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             yield f"{key} is {value!r}, expected a map of strings"
+
+
+def _wrong_engines(name: str, target: TargetSpec) -> Iterator[str]:
+    for key, engine in target.engines.items():
+        texts = (engine.path, engine.backend, engine.version)
+        if type(engine.capability) is not int or not all(isinstance(text, str) for text in texts):
+            yield f"targets.{name}.engines.{key} is {engine!r}, expected strings and a number"
 
 
 def _check_relative(path: str, where: str) -> None:

@@ -15,18 +15,26 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from qvlm_runtime import image as image_processing
 from qvlm_runtime.aio import AsyncStream
-from qvlm_runtime.backend import FAST, Array, Session, as_host, missing_tensors, open_session
+from qvlm_runtime.backend import (
+    FAST,
+    PLAN_BACKENDS,
+    Array,
+    DeviceArray,
+    Session,
+    as_host,
+    missing_tensors,
+    open_session,
+)
 from qvlm_runtime.budget import CacheBudget
 from qvlm_runtime.chat import Chat, ChatTemplate, Message, chat
 from qvlm_runtime.context import Context
 from qvlm_runtime.conversation import Conversation, WhenFull
-from qvlm_runtime.decoder import Decoder
-from qvlm_runtime.errors import FolderError, PromptError
+from qvlm_runtime.decoder import Decoder, Features
+from qvlm_runtime.device_array import device_array
+from qvlm_runtime.engines import GRAPHS, Choice, choose
+from qvlm_runtime.errors import ImageError, PromptError
 from qvlm_runtime.features import FeatureCache, Picture
 from qvlm_runtime.generate import Timings, never, new_token_limit
 from qvlm_runtime.grammar import JsonGrammars
@@ -41,7 +49,6 @@ if TYPE_CHECKING:
 
 Question = str | Sequence[Message]
 _TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
-_GRAPHS = ("vision", "decoder")
 
 
 @dataclass(eq=False)
@@ -54,6 +61,7 @@ class Model:
     template: ChatTemplate
     vision: Session
     decoder: Decoder
+    backend: str = "ort"
     feature_cache: FeatureCache = field(default_factory=FeatureCache)
     budget: CacheBudget = field(default_factory=CacheBudget)
     stop_ids: frozenset[int] = field(init=False)
@@ -64,7 +72,7 @@ class Model:
         spec = self.manifest.model
         self.stop_ids = frozenset(spec.eos_token_ids)
         self.grammars = JsonGrammars(self.tokenizer, spec.vocab_size, self.stop_ids)
-        self._feature_salt = _feature_salt(self.manifest, self.target)
+        self._feature_salt = _feature_salt(self.manifest, self.target, self.backend)
 
     def generate(
         self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
@@ -73,7 +81,9 @@ class Model:
 
         question: text, or chat messages in Hugging Face's form. images, in the order of their
         markers: Pillow images, paths, encoded bytes, or uint8 arrays (NumPy, or of any library that
-        speaks ``__array_interface__`` or DLPack on the CPU).
+        speaks ``__array_interface__`` or DLPack on the CPU); on a CUDA backend also arrays in CUDA
+        memory that are preprocessed (pixel_values [3, H, W] of the target's float type) and keep
+        their contents until the answer, or the conversation, has ended.
 
         PromptError, ImageError, CapacityError or SessionError.
         """
@@ -186,52 +196,75 @@ class Model:
     def pictures(self, images: Sequence[Any]) -> tuple[Picture, ...]:
         """Preprocess images, each once; a Picture is passed on as it is. ImageError."""
         pictures = tuple(
-            source
-            if isinstance(source, Picture)
-            else Picture.of(
-                image_processing.preprocess(source, self.manifest.image, f"image {i + 1}"),
-                self._feature_salt,
-            )
+            source if isinstance(source, Picture) else self._picture(source, f"image {i + 1}")
             for i, source in enumerate(images)
         )
-        image_processing.check_shapes([picture.pixels for picture in pictures])
+        host = [one.pixels for one in pictures if not isinstance(one.pixels, DeviceArray)]
+        image_processing.check_shapes(host)
         return pictures
+
+    def _picture(self, source: Any, where: str) -> Picture:
+        # On the CPU such an array goes on, to be refused by the name of its device.
+        array = None if self.backend == "ort" else device_array(source, where)
+        if array is None:
+            pixels = image_processing.preprocess(source, self.manifest.image, where)
+            return Picture.of(pixels, self._feature_salt)
+        info = self.vision.inputs["pixel_values"]
+        if (array.dtype, array.shape) != (info.dtype, info.shape[1:]):
+            raise ImageError(
+                f"{where}: {array.dtype} {list(array.shape)} in CUDA memory, expected "
+                f"preprocessed pixel_values {info.dtype} {list(info.shape[1:])}."
+            )
+        return Picture.on_device(array)
 
     def features(
         self, pictures: Sequence[Picture], timings: Timings, halt: Callable[[], bool] = never
-    ) -> Array | None:
-        """Features of the pictures in order, F [N * tokens_per_image, hidden]; None without any.
+    ) -> Features | None:
+        """Features of the pictures in order, tokens_per_image rows each; None without any.
 
         Those in the cache are taken from it and counted in timings.cached_images. ``halt`` is asked
         before each run of the graph; when it says so the rest is left out.
         """
         pieces = []
         for picture in pictures:
-            found = self.feature_cache.get(picture.key)
+            found = self.feature_cache.get(picture.key) if picture.hashed else None
             if found is None:
                 if halt():
                     break
-                found = self.image_features(picture.pixels[None])
-                self.feature_cache.put(picture.key, found)
+                found = self.image_features([picture.pixels])
+                if picture.hashed:
+                    self.feature_cache.put(picture.key, found)
             else:
                 timings.cached_images += 1
             pieces.append(found)
-        return np.concatenate(pieces) if pieces else None
+        return Features.join(self.decoder.session, pieces) if pieces else None
 
-    def image_features(self, pixels: NDArray[np.float32]) -> Array:
-        """Run the vision graph, one image at a time: F [N * tokens_per_image, hidden].
+    def image_features(self, pixels: Sequence[Array | DeviceArray] | Array) -> Features:
+        """Run the vision graph, one image at a time; the result stays where the engine computes.
 
-        One at a time, so that memory does not grow with the number of images.
+        pixels: of each image [3, H, W], on the host or in CUDA memory. One at a time, so that
+        memory does not grow with the number of images.
         """
-        dtype = self.manifest.targets[self.target].dtype
-        pieces = [
-            self.vision.run({"pixel_values": as_host(one[None], dtype)})["image_features"]
-            for one in pixels
-        ]
-        return np.concatenate(pieces)
+        spec, dtype = self.manifest.model, self.vision.inputs["pixel_values"].dtype
+        shape = (spec.tokens_per_image, spec.hidden_size)
+        pieces = []
+        for one in pixels:
+            binding = self.vision.binding()
+            if isinstance(one, DeviceArray):
+                binding.place("pixel_values", self.vision.borrow(one), 0, (1, *one.shape))
+            else:
+                binding.host("pixel_values", as_host(one[None], dtype))
+            buffer = self.vision.buffer(
+                shape[0] * shape[1], self.vision.outputs["image_features"].dtype
+            )
+            binding.place("image_features", buffer, 0, shape)
+            binding.run()
+            pieces.append(Features(buffer, shape[0]))
+        return Features.join(self.decoder.session, pieces)
 
     def close(self) -> None:
-        """Release the graphs; a later generation raises SessionError."""
+        """Release the graphs and let go of the image features; a later generation raises SessionError."""
+        self.feature_cache = FeatureCache(0)
         self.vision.close()
         self.decoder.session.close()
 
@@ -251,6 +284,7 @@ def load(
     folder: str | os.PathLike[str],
     target: str | None = None,
     *,
+    backend: str | None = None,
     threads: int | None = None,
     accuracy_level: int = FAST,
     verify: bool = True,
@@ -260,11 +294,14 @@ def load(
 ) -> Model:
     """Open a folder written by qvlm-export.
 
-    target: None takes "ort" if the folder has it, else its only target. threads: None leaves the
-    number to the engine. accuracy_level: 4 (fast) or 1 (exact), see backend.py. verify: compare the
+    target: None takes one with engines for this GPU, else "ort", else the only one. backend: "ort",
+    "ort-cuda", "tensorrt" or "tensorrt-rtx"; None takes engines where this machine has a GPU and a
+    TensorRT that they were built for, else ONNX Runtime on the CPU. threads: None leaves the number
+    to the engine. accuracy_level: 4 (fast) or 1 (exact), see backend.py. verify: compare the
     sha256 of every file that is opened with the manifest; False saves that read of the folder when
-    the application has done it before. prepared: a folder where the engine keeps its own form of
-    the graphs, so that the next load is faster and takes less memory, see prepared.py.
+    the application has done it before. prepared: a folder where ONNX Runtime keeps its own form
+    of the graphs for the CPU, so that the next load is faster and takes less memory, see
+    prepared.py; no other backend uses it.
     cache_limit: bytes that the key/value caches of all answers and conversations may take at once;
     None refuses none. feature_cache: None makes one of 128 MiB.
 
@@ -272,50 +309,55 @@ def load(
     """
     root = Path(folder)
     manifest = read_manifest(root)
-    name = _choose_target(root, manifest, target)
-    spec = manifest.targets[name]
-    absent = [graph for graph in _GRAPHS if graph not in spec.graphs]
-    if absent:
-        raise FolderError(f"{root / 'manifest.json'}: target {name} has no graph {absent[0]}.")
+    choice = choose(root, manifest, target, backend)
+    spec = manifest.targets[choice.target]
     if verify:
-        verify_files(root, manifest, _opened_files(manifest, name))
+        verify_files(root, manifest, _opened_files(manifest, choice))
     tokenizer = Tokenizer(root / _TEXT_FILES[0])
     template = ChatTemplate(root / _TEXT_FILES[1], manifest.model.template_tokens)
-    paths = {graph: root / spec.graphs[graph] for graph in _GRAPHS}
-    options: dict[str, Any] = {"threads": threads, "accuracy_level": accuracy_level}
-    options["prepared"] = None if prepared is None else Path(prepared)
-    vision = open_session(paths["vision"], **options)
-    missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
-    session = open_session(paths["decoder"], **options)
-    decoder = Decoder(session, manifest.model, spec, str(paths["decoder"]))
-    cache = FeatureCache() if feature_cache is None else feature_cache
-    budget = CacheBudget(cache_limit)
-    return Model(manifest, name, tokenizer, template, vision, decoder, cache, budget)
+    paths = {graph: root / choice.paths[graph] for graph in GRAPHS}
+    kept = None if prepared is None else Path(prepared)
 
-
-def _choose_target(root: Path, manifest: Manifest, target: str | None) -> str:
-    names = sorted(manifest.targets)
-    if target is None:
-        target = "ort" if "ort" in names else names[0] if len(names) == 1 else None
-    if target not in names or target is None:
-        raise FolderError(
-            f"{root}: target {target!r} is not one of the folder's: {', '.join(names) or 'none'}. "
-            "Name one of these."
+    def opened(graph: str) -> Session:
+        return open_session(
+            paths[graph],
+            threads=threads,
+            accuracy_level=accuracy_level,
+            backend=choice.backend,
+            prepared=kept,
         )
-    return target
+
+    vision = opened("vision")
+    missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
+    decoder = Decoder(opened("decoder"), manifest.model, spec, str(paths["decoder"]))
+    return Model(
+        manifest,
+        choice.target,
+        tokenizer,
+        template,
+        vision,
+        decoder,
+        choice.backend,
+        FeatureCache() if feature_cache is None else feature_cache,
+        CacheBudget(cache_limit),
+    )
 
 
-def _opened_files(manifest: Manifest, target: str) -> list[str]:
-    """Text files, the target's graphs, and what lies beside them: their external data."""
-    graphs = [manifest.targets[target].graphs[graph] for graph in _GRAPHS]
-    folders = {PurePosixPath(path).parent for path in graphs}
-    beside = [path for path in manifest.files if PurePosixPath(path).parent in folders]
-    return list(dict.fromkeys([*_TEXT_FILES, *graphs, *beside]))
+def _opened_files(manifest: Manifest, choice: Choice) -> list[str]:
+    """Text files, the graphs with what lies beside them (their external data), or the plans."""
+    opened = [choice.paths[graph] for graph in GRAPHS]
+    beside: list[str] = []
+    if choice.backend not in PLAN_BACKENDS:
+        folders = {PurePosixPath(path).parent for path in opened}
+        beside = [path for path in manifest.files if PurePosixPath(path).parent in folders]
+    return list(dict.fromkeys([*_TEXT_FILES, *opened, *beside]))
 
 
-def _feature_salt(manifest: Manifest, target: str) -> str:
-    """What image features depend on besides the pixels: the processor, the graph, its dtype."""
+def _feature_salt(manifest: Manifest, target: str, backend: str) -> str:
+    """What image features depend on besides the pixels: the processor, the graph, its dtype, and the
+    backend, whose memory they are in.
+    """
     spec = manifest.targets[target]
     graph = spec.graphs["vision"]
     digests = [f.sha256 for path, f in sorted(manifest.files.items()) if path.startswith(graph)]
-    return f"{manifest.image!r} {spec.dtype} {digests}"
+    return f"{manifest.image!r} {spec.dtype} {backend} {digests}"

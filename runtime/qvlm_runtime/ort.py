@@ -1,8 +1,9 @@
-"""Graphs on ONNX Runtime's CPU provider; the only file that imports onnxruntime.
+"""Graphs on ONNX Runtime's CPU and CUDA providers; the only file that imports onnxruntime.
 
-Buffers are NumPy arrays and bindings carry raw addresses, so an output bound to an input's piece of
-a buffer is written in place: TensorScatter then touches the new rows only. Weights in external data
-are found by ONNX Runtime beside the graph file.
+Bindings carry raw addresses, so an output bound to an input's piece of a buffer is written in
+place: TensorScatter then touches the new rows only. Buffers are NumPy arrays on the CPU and
+OrtValues in device memory with CUDA, where the cache and the image features stay. Weights in
+external data are found by ONNX Runtime beside the graph file.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from qvlm_runtime.backend import Array, Binding, Buffer, TensorInfo
+from qvlm_runtime import cuda
+from qvlm_runtime.backend import Array, Binding, Buffer, DeviceArray, TensorInfo
 from qvlm_runtime.cores import thread_limit
 from qvlm_runtime.errors import SessionError
 from qvlm_runtime.prepared import prepared_entries, prepared_graph
@@ -38,9 +40,13 @@ _LOG_ERROR = 3  # ORT's severity scale: warnings about unused initializers are n
 class OrtBuffer:
     """A flat NumPy array; ``array`` is the storage itself."""
 
-    def __init__(self, elements: int, dtype: str) -> None:
-        self.array = np.zeros(elements, dtype)
+    device = "cpu"
+
+    def __init__(self, array: Array) -> None:
+        self.array = array.reshape(-1)
         self.address = int(self.array.ctypes.data)
+        self.size, self.dtype = self.array.size, self.array.dtype
+        self.nbytes = self.array.nbytes
 
     def piece(self, start: int, shape: Sequence[int]) -> Array:
         """View of the piece that begins at element ``start``; ValueError if it does not fit."""
@@ -51,17 +57,41 @@ class OrtBuffer:
         return self.piece(start, shape).copy()
 
 
+class OrtCudaBuffer:
+    """A flat piece of CUDA memory: an OrtValue's, or another library's."""
+
+    device = "cuda"
+
+    def __init__(self, value: Any, address: int, size: int, dtype: str) -> None:
+        self._value = value  # keeps the memory
+        self.address = address
+        self.size, self.dtype = size, np.dtype(dtype)
+        self.nbytes = size * self.dtype.itemsize
+
+    def read(self, start: int, shape: Sequence[int]) -> Array:
+        """Copy of the piece that begins at element ``start``; the whole buffer is copied for it."""
+        array: Array = self._value.numpy()
+        return array[start : start + math.prod(shape)].reshape(shape).copy()
+
+
 class OrtBinding:
-    """An ONNX Runtime IOBinding over host memory. Keeps every bound array alive."""
+    """An ONNX Runtime IOBinding over raw addresses. Keeps everything bound alive."""
 
     def __init__(self, session: OrtSession) -> None:
         self._session = session
         self._binding = session.native().io_binding()
-        self._kept: dict[str, Array] = {}
+        self._kept: dict[str, Any] = {}
+        self._hosts: dict[str, Array] = {}
 
     def host(self, name: str, array: Array) -> None:
         """Bind an input to a contiguous host array."""
         self._kept[name] = array
+        if self._session.device == "cuda":
+            self._hosts[name] = array
+        else:
+            self._bind_host(name, array)
+
+    def _bind_host(self, name: str, array: Array) -> None:
         self._binding.bind_input(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def fetch(self, name: str, array: Array) -> None:
@@ -70,20 +100,27 @@ class OrtBinding:
         self._binding.bind_output(name, "cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
 
     def place(self, name: str, buffer: Buffer, start: int, shape: Sequence[int]) -> None:
-        """Bind an input or output to a piece of a buffer of this session."""
-        assert isinstance(buffer, OrtBuffer), "a buffer belongs to the session that made it"
-        array = buffer.array
-        assert start + math.prod(shape) <= array.size, "the piece leaves its buffer"
-        self._kept[name] = array
+        """Bind an input or output to a piece of a buffer of this backend."""
+        assert isinstance(buffer, OrtBuffer | OrtCudaBuffer), "a buffer belongs to its backend"
+        assert start + math.prod(shape) <= buffer.size, "the piece leaves its buffer"
+        self._kept[name] = buffer
+        self._hosts.pop(name, None)
         is_input = name in self._session.inputs
         bind = self._binding.bind_input if is_input else self._binding.bind_output
-        address = buffer.address + start * array.itemsize
-        bind(name, "cpu", 0, array.dtype.type, tuple(shape), address)
+        address = buffer.address + start * buffer.dtype.itemsize
+        bind(name, buffer.device, 0, buffer.dtype.type, tuple(shape), address)
 
     def run(self) -> None:
         """Run the graph once."""
         try:
+            # With CUDA a host input is copied to the device when it is bound, not when it is used.
+            for name, array in self._hosts.items():
+                self._bind_host(name, array)
+            if self._session.device == "cuda":
+                self._binding.synchronize_inputs()
             self._session.native().run_with_iobinding(self._binding)
+            if self._session.device == "cuda":
+                self._binding.synchronize_outputs()
         except SessionError:
             raise
         except Exception as error:
@@ -99,6 +136,7 @@ class OrtSession:
         *,
         threads: int | None,
         accuracy_level: int,
+        on_gpu: bool = False,
         profile: Path | None = None,
         prepared: Path | None = None,
     ) -> None:
@@ -109,7 +147,15 @@ class OrtSession:
                 f"{path}: onnxruntime is not installed ({error}). pip install 'qvlm[runtime]'"
             ) from error
         self._path = path
+        self._module = onnxruntime
         self._version = onnxruntime.__version__
+        self.device = "cuda" if on_gpu else "cpu"
+        provider = "CUDAExecutionProvider" if on_gpu else "CPUExecutionProvider"
+        if provider not in onnxruntime.get_available_providers():
+            raise SessionError(
+                f"{path}: ONNX Runtime {self._version} has no {provider}. "
+                "pip install onnxruntime-gpu in place of onnxruntime."
+            )
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERROR
         options.intra_op_num_threads = threads or thread_limit() or 0  # 0: ONNX Runtime's choice
@@ -128,12 +174,18 @@ class OrtSession:
                     onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
                 )
             self._native: Any = onnxruntime.InferenceSession(
-                str(graph), options, providers=["CPUExecutionProvider"]
+                str(graph), options, providers=[provider]
             )
         except SessionError:
             raise
         except Exception as error:
             raise self.failure("open", error) from error
+        if provider not in self._native.get_providers():
+            # It goes on with the CPU provider after a warning in its log.
+            raise SessionError(
+                f"{path}: ONNX Runtime {self._version} cannot start {provider}, expected a GPU, its "
+                "driver, CUDA and cuDNN. Use the backend 'ort' here."
+            )
         self.inputs = {t.name: _info(t) for t in self._native.get_inputs()}
         self.outputs = {t.name: _info(t) for t in self._native.get_outputs()}
         self._output_names = list(self.outputs)
@@ -171,9 +223,44 @@ class OrtSession:
             raise self.failure("run", error) from error
         return dict(zip(self._output_names, values, strict=True))
 
-    def buffer(self, elements: int, dtype: str) -> OrtBuffer:
-        """Allocate zeros on the host. Pages are taken when they are first written."""
-        return OrtBuffer(elements, dtype)
+    def buffer(self, elements: int, dtype: str) -> Buffer:
+        """Allocate zeros. On the host, pages are taken when they are first written."""
+        return self.upload(np.zeros(elements, dtype))
+
+    def upload(self, array: Array) -> Buffer:
+        """The array itself on the CPU, a device copy with CUDA."""
+        flat = np.ascontiguousarray(array).reshape(-1)
+        if self.device == "cpu":
+            return OrtBuffer(flat)
+        try:
+            value = self._module.OrtValue.ortvalue_from_numpy(flat, "cuda", 0)
+        except Exception as error:
+            raise self.failure(f"allocate {flat.nbytes / 1e6:.1f} MB for", error) from error
+        return OrtCudaBuffer(value, value.data_ptr(), flat.size, flat.dtype.name)
+
+    def join(self, buffers: Sequence[Buffer]) -> Buffer:
+        """One buffer from several. ONNX Runtime copies between the device and the host only, so
+        with CUDA the pieces pass through the host.
+        """
+        pieces = []
+        for buffer in buffers:
+            assert isinstance(buffer, OrtBuffer | OrtCudaBuffer), "a buffer belongs to its backend"
+            pieces.append(buffer.read(0, (buffer.size,)))
+        return self.upload(np.concatenate(pieces))
+
+    def borrow(self, array: DeviceArray) -> Buffer:
+        """A buffer over another library's CUDA memory; waits for the work that library enqueued.
+
+        SessionError on the CPU, or without cuda-python, which does the waiting.
+        """
+        if self.device == "cpu":
+            raise SessionError(
+                f"{self._path}: an image in CUDA memory, expected one on the host. "
+                "Load with a CUDA backend, or copy the image to the host."
+            )
+        with cuda.device() as gpu:
+            gpu.synchronize_all()
+        return OrtCudaBuffer(array, array.address, math.prod(array.shape), array.dtype)
 
     def binding(self) -> Binding:
         """A fresh IOBinding."""

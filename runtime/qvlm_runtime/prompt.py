@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from qvlm_runtime.backend import Array, DeviceArray
 from qvlm_runtime.context import RowKey
 from qvlm_runtime.features import Picture
 
@@ -27,9 +28,16 @@ class Prompt:
     tokens_per_image: int
 
     @property
-    def pixels(self) -> NDArray[np.float32] | None:
-        """All pictures' pixels float32 [N, 3, H, W], or None without images."""
-        return np.stack([picture.pixels for picture in self.pictures]) if self.pictures else None
+    def pixels(self) -> NDArray[np.float32] | list[Array | DeviceArray] | None:
+        """All pictures' pixels float32 [N, 3, H, W], or None without images.
+
+        With images in CUDA memory among them, a list of one array for each.
+        """
+        pixels = [picture.pixels for picture in self.pictures]
+        host = [one for one in pixels if not isinstance(one, DeviceArray)]
+        if len(host) < len(pixels):
+            return list(pixels)
+        return np.stack(host) if host else None
 
     def keys(self) -> list[RowKey]:
         """What each token's cache row depends on, besides the tokens before it."""

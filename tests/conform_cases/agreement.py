@@ -15,7 +15,8 @@ from conform_cases.build import Case, save
 from qvlm.errors import ExportError
 from qvlm_export.conform import RULES, check_graph
 from qvlm_export.conform.view import GraphView
-from qvlm_export.rtx import Kernel, compile_graph
+from qvlm_export.kernels import Kernel
+from qvlm_export.rtx import compile_graph
 from qvlm_export.targets import TARGETS
 
 TABLE = Path(__file__).parent.parent / "export" / "conform" / "rtx_agreement.md"
@@ -65,7 +66,7 @@ def compile_case(case: Case, which: str, folder: Path) -> list[Kernel]:
         fixed = tuple(size if isinstance(size, int) else FREE for size in shape)
         if fixed != shape:
             profile[name] = (fixed, fixed, fixed)
-    return compile_graph(path, [profile] if profile else [], case.sm)[1]
+    return compile_graph(path, {"fixed": profile} if profile else {}, case.sm)[1]
 
 
 def refused(case: Case, which: str, folder: Path) -> bool:

@@ -23,6 +23,7 @@ from qvlm_export.cli import main
 from qvlm_export.conform.view import GraphView
 from qvlm_export.fit import GIB, Device, fit, named_device, peak_bytes
 from qvlm_export.package import write_manifest
+from qvlm_runtime.manifest import EngineSpec
 
 
 def _view(text: str, folder: Path) -> GraphView:
@@ -141,11 +142,12 @@ def test_the_command(
 def test_engines_count_where_there_are_some(built: Callable[..., Any], tmp_path: Path) -> None:
     folder, spec, checkpoint = built("w4a16", "rtx")
     shutil.copytree(folder, tmp_path / "out")
-    engines = {}
+    engines: dict[str, EngineSpec] = {}
     for sm, size in ((86, 1000), (89, 3000)):
         for stem in ("vision", "decoder"):
-            engines[f"sm{sm}/{stem}"] = f"rtx/{stem}.sm{sm}.plan"
-            (tmp_path / "out" / engines[f"sm{sm}/{stem}"]).write_bytes(bytes(size))
+            path = f"rtx/{stem}.sm{sm}.plan"
+            engines[f"sm{sm}/{stem}"] = EngineSpec(path, "tensorrt-rtx", "1.7.1", sm)
+            (tmp_path / "out" / path).write_bytes(bytes(size))
     with_engines = replace(spec, engines=engines)
     device = named_device("thor")
     found = fit(tmp_path / "out", "rtx", with_engines, model_spec(checkpoint), device)

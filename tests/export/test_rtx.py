@@ -19,10 +19,13 @@ from qvlm.errors import ExportError
 from qvlm.progress import silent
 from qvlm_export import rtx
 from qvlm_export.build import build, model_spec
+from qvlm_export.builder import profiles
 from qvlm_export.facts import GraphFacts, Product, graph_facts
+from qvlm_export.kernels import Kernel, KernelTensor, check_kernels, parse_kernels
 from qvlm_export.package import add_engines, write_manifest
-from qvlm_export.rtx import Kernel, KernelTensor, check_kernels, compile_target, parse_kernels
+from qvlm_export.rtx import compile_target
 from qvlm_export.targets import named_target
+from qvlm_runtime import SessionError
 from qvlm_runtime.manifest import read_manifest, verify_files
 
 
@@ -72,7 +75,6 @@ def test_a_fused_and_an_integer_product_pass() -> None:
             "48 elements, expected 96",
         ),
         ([_kernel("gemm", "Half", "Int8")], _facts("INT8", 48), "0 elements, expected 48"),
-        ([], _facts("INT8", 48), "no kernel list"),
     ],
 )
 def test_a_lost_integer_weight_is_found(kernels: Any, facts: GraphFacts, message: str) -> None:
@@ -85,8 +87,19 @@ def test_missing_wheels_are_one_line(
 ) -> None:
     folder, spec, checkpoint = built("float", "rtx")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
-    with pytest.raises(ExportError, match=r"pip install 'qvlm\[rtx\]'"):
+    with pytest.raises(SessionError, match=r"pip install 'qvlm\[rtx\]'"):
         compile_target(folder, spec, model_spec(checkpoint), silent)
+
+
+@pytest.mark.rtx
+def test_a_log_without_kernels_is_an_error(
+    compiler: None, built: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a release with another log would pass unchecked."""
+    folder, spec, _ = built("float", "rtx")
+    monkeypatch.setattr(rtx, "parse_kernels", lambda log: [])
+    with pytest.raises(ExportError, match="no kernel list"):
+        rtx.compile_graph(folder / spec.graphs["vision"], {}, 86)
 
 
 @pytest.mark.rtx
@@ -108,7 +121,7 @@ def test_every_graph_compiles_with_its_integers(
         # The compiler joins the separate INT4 q/k/v (and gate/up) into one product.
         layers = 2 if facts.count("INT4") else 0
         assert row.int4_products == 4 * layers
-        plan = folder / compiled.engines[row.engine]
+        plan = folder / compiled.engines[row.engine].path
         assert plan.stat().st_size == row.bytes > 0
     assert not list(folder.rglob("*.partial"))
 
@@ -119,14 +132,35 @@ def test_decode_attention_is_one_kernel_with_native_groups(
 ) -> None:
     folder, spec, checkpoint = built("w4a16", "rtx")
     path, model = folder / spec.graphs["decoder"], model_spec(checkpoint)
-    _, kernels = rtx.compile_graph(path, rtx.profiles("decoder", model), 86)
+    _, kernels = rtx.compile_graph(path, profiles("decoder", model), 86)
     decode = [k for k in kernels if k.profile == 1 and "_gemv_mha" in k.name]
     assert len(decode) == model.layers
     for kernel in decode:
         past = [t for t in kernel.inputs if t.shape == (1, -1, model.kv_heads, model.head_dim)]
         assert len(past) == 2  # keys and values are read as they lie, not repeated
-    prefill = [k for k in kernels if k.profile == 0 and "_gemm_mha" in k.name]
-    assert len(prefill) == model.layers
+    for profile in (0, 2):  # prefill, and a piece behind a past
+        pieces = [k for k in kernels if k.profile == profile and "_gemm_mha" in k.name]
+        assert len(pieces) == model.layers
+
+
+@pytest.mark.rtx
+@pytest.mark.parametrize(("sm", "recipe"), [(75, "w8a8"), (80, "w4a16"), (120, "w4a16")])
+def test_other_gpu_generations_compile_too(
+    compiler: None, built: Callable[..., Any], sm: int, recipe: str
+) -> None:
+    folder, spec, checkpoint = built(recipe, "rtx")
+    compiled, rows = compile_target(folder, spec, model_spec(checkpoint), silent, (sm,))
+    assert {row.engine for row in rows} == {f"sm{sm}/vision", f"sm{sm}/decoder"}
+    engine = compiled.engines[f"sm{sm}/decoder"]
+    assert (engine.backend, engine.capability) == ("tensorrt-rtx", sm)
+    assert set(engine.profiles) == {"prefill", "decode", "extend"}
+
+
+@pytest.mark.rtx
+def test_sm75_has_no_int4(compiler: None, built: Callable[..., Any]) -> None:
+    folder, spec, checkpoint = built("w4a16", "rtx")
+    with pytest.raises(ExportError, match=r"^SM75: .* HW-specific datatypes: int4"):
+        compile_target(folder, spec, model_spec(checkpoint), silent, (75,))
 
 
 @pytest.mark.rtx
@@ -149,13 +183,13 @@ def test_engines_join_a_finished_folder(
     folder, spec, checkpoint = built("w8a8", "rtx")
     shutil.copytree(folder / "rtx", tmp_path / "rtx", ignore=shutil.ignore_patterns("engines"))
     write_manifest(tmp_path, checkpoint, {"rtx": spec})
-    (row, _) = add_engines(tmp_path, (89,), silent)
+    (row, _) = add_engines(tmp_path, silent, capabilities=(89,))
     manifest = read_manifest(tmp_path)
     assert row.file in manifest.files
     assert set(manifest.targets["rtx"].engines) == {"sm89/vision", "sm89/decoder"}
     verify_files(tmp_path, manifest)
     with pytest.raises(ExportError, match=r"no compute capability SM12\. Known: .*SM86"):
-        add_engines(tmp_path, (12,), silent)
+        add_engines(tmp_path, silent, capabilities=(12,))
 
 
 def test_engines_need_an_rtx_target(built: Callable[..., Any], tmp_path: Path) -> None:
@@ -163,7 +197,7 @@ def test_engines_need_an_rtx_target(built: Callable[..., Any], tmp_path: Path) -
     shutil.copytree(folder, tmp_path / "out")
     write_manifest(tmp_path / "out", checkpoint, {"ort": spec})
     with pytest.raises(ExportError, match="targets ort, expected rtx"):
-        add_engines(tmp_path / "out", (86,), silent)
+        add_engines(tmp_path / "out", silent, capabilities=(86,))
 
 
 @pytest.mark.rtx
@@ -171,4 +205,4 @@ def test_a_refused_node_is_named(compiler: None, built: Callable[..., Any]) -> N
     folder, spec, _ = built("float", "ort")
     (folder / "engines").mkdir(exist_ok=True)
     with pytest.raises(ExportError, match=r"node '.*' is not accepted|does not compile"):
-        rtx.compile_graph(folder / spec.graphs["decoder"], [], 86)
+        rtx.compile_graph(folder / spec.graphs["decoder"], {}, 86)

@@ -14,6 +14,8 @@ from PIL import Image
 from runtime_support import FORMS, write_folder
 
 from qvlm_runtime import FeatureCache, ImageError, Model, load
+from qvlm_runtime.decoder import Features
+from qvlm_runtime.ort import OrtBuffer
 
 
 @pytest.fixture(scope="module")
@@ -75,17 +77,22 @@ def test_the_key_holds_the_preprocessing_and_the_graph(folder: Path) -> None:
         assert second.generate("a", pictures(1), max_new_tokens=2).timings.cached_images == 0
 
 
+def kept(rows: int) -> Features:
+    """Features of ``rows`` rows of four."""
+    return Features(OrtBuffer(np.zeros((rows, 4), np.float32)), rows)
+
+
 def test_the_feature_cache_is_bounded_and_drops_the_oldest_use() -> None:
     row = np.zeros((1, 4), np.float32)
     cache = FeatureCache(3 * row.nbytes)
     for key in "abc":
-        cache.put(key, row.copy())
+        cache.put(key, kept(1))
     assert cache.get("a") is not None
-    cache.put("d", row.copy())
+    cache.put("d", kept(1))
     assert [cache.get(key) is not None for key in "abcd"] == [True, False, True, True]
-    cache.put("big", np.zeros((4, 4), np.float32))
+    cache.put("big", kept(4))
     assert cache.get("big") is None and len(cache) == 3 and cache.bytes == 3 * row.nbytes
-    cache.put("d", np.zeros((2, 4), np.float32))
+    cache.put("d", kept(2))
     assert cache.bytes <= cache.max_bytes and (cache.hits, cache.misses) == (4, 2)
     cache.clear()
     assert len(cache) == 0 and cache.bytes == 0
@@ -99,7 +106,7 @@ def test_the_feature_cache_counts_right_under_threads() -> None:
         for _ in range(400):
             key = str(generator.integers(0, 90))
             if cache.get(key) is None:
-                cache.put(key, np.zeros((1, 4), np.float32))
+                cache.put(key, kept(1))
 
     threads = [threading.Thread(target=work, args=(n,)) for n in range(6)]
     for thread in threads:

@@ -94,8 +94,12 @@ def test_a_path_that_leaves_the_folder_is_refused(folder: Path, path: str, place
     def change(data: dict) -> None:
         if place == "files":
             data["files"][path] = {"bytes": 1, "sha256": "0"}
+        elif place == "graphs":
+            data["targets"]["ort"]["graphs"]["decoder"] = path
         else:
-            data["targets"]["ort"][place]["decoder"] = path
+            data["targets"]["ort"]["engines"]["sm87/decoder"] = {
+                "path": path, "backend": "tensorrt", "version": "10.3.0", "capability": 87
+            }  # fmt: skip
 
     edit(folder, change)
     assert "leaves the folder" in refusal(folder)
@@ -162,7 +166,7 @@ def test_a_missing_key_is_named(folder: Path, place: str) -> None:
         ("model", "eos_token_ids", ["a"]),
         ("model", "eos_token_ids", 2),
         ("model", "template_tokens", {"bos_token": 1}),
-        ("ort", "dtype", "bfloat16"),
+        ("ort", "dtype", "float8"),
         ("ort", "cache", "ring"),
         ("ort", "graphs", ["a"]),
     ],

@@ -15,6 +15,7 @@ from runtime_support import (
     EOS,
     IMAGE,
     TEMPLATE,
+    FakeBuffer,
     FakeSession,
     byte_ids,
     image_spec,
@@ -24,6 +25,7 @@ from runtime_support import (
 )
 
 from qvlm_runtime import Model, PromptError
+from qvlm_runtime.backend import TensorInfo
 from qvlm_runtime.chat import ChatTemplate
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import SessionError
@@ -34,21 +36,34 @@ from qvlm_runtime.sample import Sampling
 from qvlm_runtime.tokenizer import Tokenizer
 
 
-class FakeVision:
+class FakeVision(FakeSession):
     """One feature row per image token, all equal to the mean of the image's pixels."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[int, ...]] = []
+        self.inputs = {"pixel_values": TensorInfo("float32", (1, 3, None, None))}
+        self.outputs = {"image_features": TensorInfo("float32", (None, 12))}
 
-    def run(self, feed: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-        pixels = feed["pixel_values"]
-        self.calls.append(pixels.shape)
-        rows = model_spec().tokens_per_image * len(pixels)
-        features = np.full((rows, model_spec().hidden_size), pixels.mean(), np.float32)
-        return {"image_features": features}
+    def binding(self) -> Any:
+        return FakeVisionBinding(self)
 
     def close(self) -> None:
         self.calls.clear()
+
+
+class FakeVisionBinding:
+    def __init__(self, session: FakeVision) -> None:
+        self.session = session
+
+    def host(self, name: str, array: np.ndarray) -> None:
+        self.pixels = array
+
+    def place(self, name: str, buffer: FakeBuffer, start: int, shape: tuple[int, ...]) -> None:
+        self.features = buffer.array[start : start + shape[0] * shape[1]]
+
+    def run(self) -> None:
+        self.session.calls.append(self.pixels.shape)
+        self.features[:] = self.pixels.mean()
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ _SECTIONS = {
     "graphs": "Graphs as written, external data included.",
     "verify": "Replay of the goldens through ONNX Runtime: error of each output and its bound.",
     "greedy": "Greedy tokens through both graphs against the goldens.",
-    "engines": "Engines compiled ahead of time, kernels checked.",
+    "engines": "Engines, with the kernels of each profile; integer products checked in the compiler's list.",
     "largest activations": "Largest activations of the float model on the samples, and half of float16's range.",
     "rules": "TensorRT rules: findings below the level of an error.",
 }

@@ -18,7 +18,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from qvlm_runtime.backend import EXACT, FAST
+from qvlm_runtime.backend import BACKENDS, EXACT, FAST
 from qvlm_runtime.bench import result
 from qvlm_runtime.bench.floors import Limits, measure_limits
 from qvlm_runtime.bench.foreign import Foreign, read_foreign
@@ -75,7 +75,8 @@ def _parser() -> argparse.ArgumentParser:
     for name, (flag, number, text) in _PLAN_NUMBERS.items():
         add(flag, dest=name, type=number, metavar="N", help=text)
     add("--image-size", type=_numbers(int, "x"), metavar="WxH", help="frames; default 640x480")
-    add("--target", help="which target's graphs (default: ort, or the only one)")
+    add("--target", help="default: one with engines for this GPU, ort, or the only one")
+    add("--backend", choices=BACKENDS, help="default: engines built for this GPU, else ort")
     add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
     add(
         "--prepared",
@@ -167,6 +168,7 @@ def _all_threads(
                 WorkerSubject,
                 Path(folder),
                 target=args.target,
+                backend=args.backend,
                 threads=threads or None,
                 accuracy_level=EXACT if args.exact else FAST,
                 prepared=args.prepared,

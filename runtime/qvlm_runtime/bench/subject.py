@@ -105,6 +105,7 @@ class FolderSubject:
         folder: Path,
         *,
         target: str | None = None,
+        backend: str | None = None,
         threads: int | None = None,
         accuracy_level: int = FAST,
         prepared: str | None = None,
@@ -115,6 +116,7 @@ class FolderSubject:
         self._folder, self._image_size, self._clock = folder, image_size, clock
         self._options: dict[str, Any] = {
             "target": target,
+            "backend": backend,
             "threads": threads,
             "accuracy_level": accuracy_level,
             "prepared": prepared,
@@ -200,7 +202,8 @@ class FolderSubject:
         while count == 0 or elapsed < seconds:
             if part == "image":
                 pixels = pixel_values(frames, self.model.manifest.image)
-                self.model.image_features(pixels)
+                features = self.model.image_features(pixels)
+                features.buffer.read(0, (1,))  # waits for a GPU, which only took the order so far
             else:
                 move_to(state, context)
                 state.step((1,))

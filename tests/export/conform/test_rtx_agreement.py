@@ -20,7 +20,7 @@ from conform_cases.agreement import (
 )
 from conform_cases.build import Case
 
-from qvlm_export.rtx import integer_products
+from qvlm_export.kernels import integer_products
 
 pytestmark = pytest.mark.rtx
 
