@@ -132,8 +132,8 @@ def test_a_server_with_a_token_asks_for_it(model: Model, page: Page) -> None:
     with serving(app) as port:
         page.open(f"http://127.0.0.1:{port}/")
         page.run(ASK.format("Hello"))
-        page.wait(SHOWN.format("token-row"))
-        assert "bearer token" in page.run(TEXT.format("error"))
+        page.wait(f"{TEXT.format('error')}.includes('bearer token')")
+        assert page.run(SHOWN.format("token-row"))
         page.run("document.getElementById('token').value = 'letmein'")
         page.run(ASK.format("Hello"))
         page.wait(f"{TEXT.format('facts')} !== ''")

@@ -32,12 +32,14 @@ function headers() {
 }
 
 async function reason(response) {
-  if (response.status === 401) at("token-row").hidden = false;
+  let text = `The server answered ${response.status}.`;
   try {
-    return (await response.json()).error.message;
+    text = (await response.json()).error.message;
   } catch {
-    return `The server answered ${response.status}.`;
+    // Not the server's JSON (a proxy's page): the status says what there is to say.
   }
+  if (response.status === 401) at("token-row").hidden = false;
+  return text;
 }
 
 /** Yields the objects of an event stream; lines may arrive in any pieces. */
