@@ -33,7 +33,8 @@ TEMPLATE = (
 
 # TensorScatter is of opset 24; ONNX Runtime reads it from 1.24, the last for Python 3.10 is 1.23.
 SCATTERS = tuple(map(int, onnxruntime.__version__.split(".")[:2])) >= (1, 24)
-FORMS = ["scatter", "append"] if SCATTERS else ["append"]
+FORMS = ["grown", "scatter", "append"] if SCATTERS else ["append"]
+PLAN_FORMS = [form for form in FORMS if form != "grown"]  # of engines
 
 
 def model_spec(**changes: Any) -> ModelSpec:
@@ -57,7 +58,7 @@ def model_spec(**changes: Any) -> ModelSpec:
 
 def target_spec(cache: str, dtype: str = "float32", folder: str = "ort") -> TargetSpec:
     graphs = {name: f"{folder}/{name}.onnx" for name in ("vision", "decoder")}
-    opset = {"scatter": 24, "append": 21}[cache]
+    opset = {"scatter": 24, "grown": 24, "append": 21}[cache]
     return TargetSpec(dtype=dtype, opset=opset, cache=cache, graphs=graphs)  # type: ignore[arg-type]
 
 
@@ -241,6 +242,14 @@ _SCATTER = """
     keys = Slice (present_key_0, zero, kv_len, two)
     values = Slice (present_value_0, zero, kv_len, two)
 """
+_GROWN = """
+    k_new = Transpose <perm = [0, 2, 1, 3]> (k_rows)
+    v_new = Transpose <perm = [0, 2, 3, 1]> (v_rows)
+    present_key_0 = TensorScatter <axis = -2> (past_key_0, k_new, write_index)
+    present_value_0 = TensorScatter <axis = -1> (past_value_0, v_new, write_index)
+    keys = Identity (present_key_0)
+    values = Transpose <perm = [0, 1, 3, 2]> (present_value_0)
+"""
 _APPEND = """
     present_key_0 = Identity (k_rows)
     present_value_0 = Identity (v_rows)
@@ -260,14 +269,17 @@ vision (F[N, 3, SIDE, SIDE] pixel_values) => (F[R, HIDDEN] image_features) {
 
 
 def toy_decoder(spec: ModelSpec, target: TargetSpec, seed: int = 0) -> onnx.ModelProto:
-    scatter = target.cache == "scatter"
-    past = "F[1, KV, C, DIM]" if scatter else "F[1, P, KV, DIM]"
-    new = "F[1, KV, C, DIM]" if scatter else "F[1, S, KV, DIM]"
-    inputs = [f"{past} past_key_0", f"{past} past_value_0"]
-    inputs += ["int64[1] write_index", "int64[1] kv_len"] if scatter else []
+    key, value, new, body = {
+        "scatter": ("1, KV, C, DIM", "1, KV, C, DIM", None, _SCATTER),
+        "grown": ("1, KV, C, DIM", "1, KV, DIM, C", None, _GROWN),
+        "append": ("1, P, KV, DIM", "1, P, KV, DIM", "1, S, KV, DIM", _APPEND),
+    }[target.cache]
+    inputs = [f"F[{key}] past_key_0", f"F[{value}] past_value_0"]
+    inputs += ["int64[1] write_index", "int64[1] kv_len"] if new is None else []
     text = _DECODER.replace("CACHE_INPUTS", ", ".join(inputs))
-    text = text.replace("CACHE_OUTPUTS", f"{new} present_key_0, {new} present_value_0")
-    text = text.replace("CACHE_BODY", _SCATTER if scatter else _APPEND)
+    outputs = f"F[{new or key}] present_key_0, F[{new or value}] present_value_0"
+    text = text.replace("CACHE_OUTPUTS", outputs)
+    text = text.replace("CACHE_BODY", body)
     weights = toy_weights(spec, seed)
     weights |= {
         "scale": np.array(spec.head_dim**-0.5, np.float32),

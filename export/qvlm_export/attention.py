@@ -14,8 +14,9 @@ from typing import Protocol
 import numpy as np
 import onnx_ir as ir
 
-from qvlm_export.graph import GraphBuilder
+from qvlm_export.graph import Dims, GraphBuilder
 from qvlm_export.ops import heads_first
+from qvlm_runtime.manifest import CacheForm
 
 # Finite, so that a Sub or a Cast downstream makes no NaN; far below any score.
 MASKED = {ir.DataType.FLOAT: -1e30, ir.DataType.BFLOAT16: -1e30, ir.DataType.FLOAT16: -65504.0}
@@ -54,8 +55,12 @@ def causal_attention(
     """
     if b.target.attention_operator:
         return StaticAttention(b, heads, tables, position_ids, positions)
-    kind = ScatterAttention if b.target.cache == "scatter" else AppendAttention
-    return kind(b, heads, tables, position_ids, positions)
+    kinds: dict[CacheForm, type[ScatterAttention | GrownAttention | AppendAttention]] = {
+        "scatter": ScatterAttention,
+        "grown": GrownAttention,
+        "append": AppendAttention,
+    }
+    return kinds[b.target.cache](b, heads, tables, position_ids, positions)
 
 
 def full_attention(
@@ -66,6 +71,11 @@ def full_attention(
     keys = b.op("Transpose", heads_first(b, k), perm=[0, 1, 3, 2])
     weights = b.op("Softmax", b.op("MatMul", scaled, keys), axis=-1)
     return heads_first(b, b.op("MatMul", weights, heads_first(b, v)))
+
+
+def _turned(b: GraphBuilder, x: ir.Value) -> ir.Value:
+    """The last two axes exchanged."""
+    return b.op("Transpose", x, perm=[0, 1, 3, 2])
 
 
 def _slots(b: GraphBuilder, positions: int) -> ir.Value:
@@ -176,17 +186,21 @@ class _InPlace:
         """
         return self.b.op("RotaryEmbedding", heads_first(self.b, x), *self.tables, self.position_ids)
 
-    def scatter(self, name: str, new: ir.Value) -> ir.Value:
-        """Write the new rows [1, kv_heads, S, D]; the whole buffer is the output ``present_name``."""
-        b = self.b
-        past = b.input(f"past_{name}", b.float_type, self.cache_shape)
-        whole = b.op("TensorScatter", past, new, self.write_index, axis=-2, mode="linear")
-        b.output(whole, f"present_{name}", b.float_type, self.cache_shape)
+    def scatter(
+        self, name: str, new: ir.Value, shape: Dims | None = None, axis: int = -2
+    ) -> ir.Value:
+        """Write the new rows [1, kv_heads, S, D], or columns with ``axis`` -1; the whole buffer, of
+        ``shape`` or [1, kv_heads, C, D], is the output ``present_name``.
+        """
+        b, shape = self.b, shape or self.cache_shape
+        past = b.input(f"past_{name}", b.float_type, shape)
+        whole = b.op("TensorScatter", past, new, self.write_index, axis=axis, mode="linear")
+        b.output(whole, f"present_{name}", b.float_type, shape)
         return whole
 
 
 class ScatterAttention(_InPlace):
-    """ONNX Runtime's form: a buffer of any length C, read up to kv_len.
+    """ONNX Runtime's form on a GPU: a buffer of any length C, read up to kv_len.
 
     The Slice matters: attention over the whole buffer costs 3x at 1,000 valid rows of 4,096.
     Grouped queries are rows of one product per key/value head, so K and V are read once and never
@@ -221,6 +235,71 @@ class ScatterAttention(_InPlace):
 
     def _valid(self, whole: ir.Value) -> ir.Value:
         return self.b.op("Slice", whole, self.b.i64(0), self.kv_len, self.b.i64(2))
+
+
+class GrownAttention(_InPlace):
+    """ONNX Runtime's form on a CPU: all C rows of the buffer are read, and the runtime keeps C at
+    most a step above what is valid.
+
+    A Slice of the valid rows would copy them. Values lie as columns, [1, kv_heads, D, C]: a decode
+    step then multiplies both buffers from the left, where the CPU's product reads a matrix as it
+    lies; what stands on the right it packs first, at the price of the product itself. Many query
+    rows pay for packing, and would pay more for turning their scores round, so each graph has both
+    ways and a run takes one.
+    """
+
+    def __init__(
+        self,
+        b: GraphBuilder,
+        heads: HeadShape,
+        tables: tuple[ir.Value, ir.Value],
+        position_ids: ir.Value,
+        positions: int,
+    ) -> None:
+        super().__init__(b, heads, tables, position_ids, "C")
+        self.value_shape = (1, heads.kv_heads, heads.head_dim, "C")
+        self.slots = _slots(b, positions)
+        self.masks: tuple[ir.Value, ir.Value] | None = None
+        self.single = b.op("Equal", b.op("Shape", position_ids, start=-1), b.i64(1))
+
+    def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
+        """See ``CausalAttention``."""
+        b, h = self.b, self.heads
+        keys = self.scatter(f"key_{index}", self.rope(k))
+        columns = b.op("Transpose", v, perm=[0, 2, 3, 1])
+        values = self.scatter(f"value_{index}", columns, self.value_shape, -1)
+        if self.masks is None:  # needs C, which the first layer's keys tell
+            visible = b.op("Slice", self.slots, b.i64(0), b.op("Shape", keys, start=2, end=3))
+            self.masks = self._masks(_mask(b, visible, self.rows(self.slots)))
+        across, down = self.masks
+        query = b.op("Mul", self.rope(q), b.scalar(h.head_dim**-0.5))
+        rows = b.op("Reshape", query, b.i64(0, h.kv_heads, -1, h.head_dim))
+
+        def many() -> ir.Value:
+            scores = b.op("MatMul", rows, _turned(b, keys))
+            weights = b.op("Softmax", b.op("Add", scores, across), axis=-1)
+            return b.op("MatMul", weights, _turned(b, values))
+
+        def one() -> ir.Value:
+            scores = b.op("MatMul", keys, _turned(b, rows))
+            weights = b.op("Softmax", b.op("Add", scores, down), axis=2)
+            return _turned(b, b.op("MatMul", values, weights))
+
+        # A single row per head is a product of a vector, which packs nothing.
+        mixed = many() if h.group == 1 else b.choose(self.single, one, many)
+        return heads_first(b, b.op("Reshape", mixed, b.i64(0, h.heads, -1, h.head_dim)))
+
+    def _masks(self, mask: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Mask [1, 1, S, C] for scores [1, kv_heads, group * S, C], and for the turned scores of a
+        single row: of their inner shape, as adding a column to a matrix is slow.
+        """
+        b, group = self.b, self.heads.group
+        if group == 1:
+            return mask, mask
+        across = b.op("Concat", *[mask] * group, axis=2)
+        unused = b.scalar(0.0)  # in a run of many rows
+        down = b.choose(self.single, lambda: _turned(b, across), lambda: b.op("Identity", unused))
+        return across, down
 
 
 class StaticAttention(_InPlace):

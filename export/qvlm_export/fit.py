@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from onnx import ModelProto, NodeProto, numpy_helper
+from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qvlm.errors import ExportError
 from qvlm_export.conform.view import GraphView, attribute, tensor_bytes
@@ -210,6 +210,7 @@ def peak_bytes(view: GraphView, dimensions: Mapping[str, int], values: Mapping[s
     size, ``values`` the contents of one-number inputs that decide shapes. ExportError for a tensor
     whose size does not follow from these.
     """
+    view = _with_branches_taken(view, dimensions, values)
     sized = GraphView(_sized(view, dimensions, values), view.path)
     computed = [node for node in view.nodes if not view.is_constant(node.output[0])]
     owner: dict[str, str] = {}
@@ -229,6 +230,31 @@ def peak_bytes(view: GraphView, dimensions: Mapping[str, int], values: Mapping[s
         peak = max(peak, alive)
         alive -= ends.get(index, 0)
     return peak
+
+
+def _with_branches_taken(
+    view: GraphView, dimensions: Mapping[str, int], values: Mapping[str, int]
+) -> GraphView:
+    """The graph with the nodes of the branch that these sizes take in place of each If."""
+    if not any(node.op_type == "If" for node in view.model.graph.node):
+        return view
+    known = {tensor.name: tensor for tensor in _sized(view, dimensions, values).graph.initializer}
+    model = ModelProto()
+    model.CopyFrom(view.skeleton)
+    nodes: list[NodeProto] = []
+    for node in model.graph.node:
+        if node.op_type != "If":
+            nodes.append(copy.deepcopy(node))
+            continue
+        if node.input[0] not in known:
+            raise ExportError(f"{view.path}: {node.name} does not follow from the sizes.")
+        taken = bool(numpy_helper.to_array(known[node.input[0]]).all())
+        (branch,) = (a.g for a in node.attribute if a.name == ("else_branch", "then_branch")[taken])
+        nodes += [copy.deepcopy(inner) for inner in branch.node]
+        nodes.append(helper.make_node("Identity", [branch.output[0].name], list(node.output)))
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    return GraphView(model, view.path)
 
 
 def _sized(view: GraphView, dimensions: Mapping[str, int], values: Mapping[str, int]) -> ModelProto:
@@ -252,8 +278,8 @@ def _sized(view: GraphView, dimensions: Mapping[str, int], values: Mapping[str, 
 
 
 def _fold_shapes(model: ModelProto, path: Path) -> bool:
-    """Turn Shape nodes whose result is known, and what Gather takes of it, into constants; True if
-    there was one.
+    """Turn Shape nodes whose result is known, and what Gather and Equal make of it, into constants;
+    True if there was one.
 
     ONNX's inference follows a Slice only if its ends are stored, and the mask's are Shape results.
     """
@@ -271,8 +297,11 @@ def _fold_shapes(model: ModelProto, path: Path) -> bool:
     return found
 
 
-def _known_shape(view: GraphView, node: NodeProto) -> npt.NDArray[np.int64] | None:
-    """What a Shape node, or a Gather of such a result, gives; None if it is not known."""
+def _known_shape(view: GraphView, node: NodeProto) -> npt.NDArray[Any] | None:
+    """What a Shape node, or a Gather or Equal of such a result, gives; None if it is not known."""
+    if node.op_type == "Equal":
+        one, other = view.ints(node.input[0]), view.ints(node.input[1])
+        return None if one is None or other is None else np.equal(one, other)
     if node.op_type == "Gather":
         whole, index = view.ints(node.input[0]), view.ints(node.input[1])
         if whole is None or index is None or view.rank(node.input[0]) != 1:

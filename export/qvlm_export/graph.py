@@ -6,7 +6,7 @@ Knows no operator's meaning: the vocabulary is in ``ops.py`` and ``qdq.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -79,6 +79,27 @@ class GraphBuilder:
         node = ir.node(op_type, inputs, attributes, outputs=values, name=name)
         self._nodes.append(node)
         return node.outputs
+
+    def choose(
+        self, condition: ir.Value, then: Callable[[], ir.Value], otherwise: Callable[[], ir.Value]
+    ) -> ir.Value:
+        """If-1: the value of one of two functions, whose nodes run only where bool [1] ``condition``
+        takes them. Both may read every value made before; what they return is made by their nodes.
+        """
+        branches = {
+            "then_branch": self._branch("then", then),
+            "else_branch": self._branch("else", otherwise),
+        }
+        return self.op("If", condition, **branches)
+
+    def _branch(self, name: str, build: Callable[[], ir.Value]) -> ir.Graph:
+        outer, self._nodes = self._nodes, []
+        try:
+            with self.scope(name):
+                result = build()
+            return ir.Graph([], [result], nodes=self._nodes, name="/".join([*self._scope, name]))
+        finally:
+            self._nodes = outer
 
     def constant(self, name: str, tensor: ir.TensorProtocol) -> ir.Value:
         """A named constant; the same name gives the same value."""

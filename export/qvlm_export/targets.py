@@ -17,8 +17,8 @@ class Target:
     design notes.
 
     dtype: float type of activations, float weights and scales; one of ``dtypes``.
-    cache: "scatter" (TensorScatter into a buffer bound in place) or "append" (only the new rows are
-        outputs); one of ``caches``.
+    cache: "scatter" (TensorScatter into a buffer bound in place), "grown" (the same into a view of it
+        that grows with what is valid) or "append" (only the new rows are outputs); one of ``caches``.
     native_ops: RMSNormalization and RotaryEmbedding as operators (opset 23) instead of primitives.
     int4_attention_output_2d: the INT4 projection behind attention runs on a 2-D tensor; in 3-D
         TensorRT expands the whole weight to float16 at every run, while ONNX Runtime fuses only
@@ -47,7 +47,7 @@ class Target:
     hardware: str
     sm: tuple[int, ...] = ()
     dtypes: tuple[FloatType, ...] = ("float32",)
-    caches: tuple[CacheForm, ...] = ("scatter",)
+    caches: tuple[CacheForm, ...] = ()
     int4_sizes: tuple[int, ...] = (64, 128)
     max_constant: int | None = None
 
@@ -89,13 +89,13 @@ def _tensorrt(name: str, release: str, hardware: str, *sm: int, scatter: bool = 
     )
 
 
-def _onnxruntime(name: str, dtype: FloatType, hardware: str) -> Target:
+def _onnxruntime(name: str, dtype: FloatType, cache: CacheForm, hardware: str) -> Target:
     """The opset-24 graph with the cache in place, for ONNX Runtime 1.24 and later."""
     return Target(
         name,
         24,
         dtype,
-        "scatter",
+        cache,
         native_ops=True,
         int4_attention_output_2d=False,
         int4_blocks=1,
@@ -103,6 +103,7 @@ def _onnxruntime(name: str, dtype: FloatType, hardware: str) -> Target:
         release=None,
         hardware=hardware,
         dtypes=(dtype,),
+        caches=(cache,),
         int4_sizes=(16, 32, 64, 128, 256),
     )
 
@@ -110,8 +111,8 @@ def _onnxruntime(name: str, dtype: FloatType, hardware: str) -> Target:
 TARGETS: dict[str, Target] = {
     target.name: target
     for target in (
-        _onnxruntime("ort", "float32", "any CPU, ONNX Runtime"),
-        _onnxruntime("ort-cuda", "float16", "NVIDIA GPUs, ONNX Runtime's CUDA provider"),
+        _onnxruntime("ort", "float32", "grown", "any CPU, ONNX Runtime"),
+        _onnxruntime("ort-cuda", "float16", "scatter", "NVIDIA GPUs, ONNX Runtime's CUDA provider"),
         _tensorrt(
             "rtx",
             "rtx-1.7",

@@ -247,7 +247,7 @@ class _Replay:
 
     def _feeds(self, golden: Golden) -> dict[str, dict[str, Array]]:
         """One run of each graph: an image, and the first prompt token on a cache of one row."""
-        dtype, shape = self.spec.dtype, (1, self.model.kv_heads, 1, self.model.head_dim)
+        dtype, inputs = self.spec.dtype, self.decoder.session.inputs
         one = {name: np.zeros((1, 1), np.int64) for name in ("input_ids", "position_ids")}
         names = [f"past_{kind}_{i}" for i in range(self.model.layers) for kind in ("key", "value")]
         decoder: dict[str, Array] = {
@@ -256,7 +256,7 @@ class _Replay:
             "image_features": np.zeros((1, self.model.hidden_size), dtype),
             "write_index": np.zeros(1, np.int64),
             "kv_len": np.ones(1, np.int64),
-            **{name: np.zeros(shape, dtype) for name in names},
+            **{name: np.zeros([n or 1 for n in inputs[name].shape], dtype) for name in names},
         }
         pixels = golden.inputs["pixel_values"][:1].astype(dtype)
         return {"vision": {"pixel_values": pixels}, "decoder": decoder}

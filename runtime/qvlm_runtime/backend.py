@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -61,6 +61,14 @@ class Buffer(Protocol):
 
     def read(self, start: int, shape: Sequence[int]) -> Array:
         """Copy of the piece that begins at element ``start``."""
+
+
+@runtime_checkable
+class HostBuffer(Buffer, Protocol):
+    """A buffer in host memory, which may be written where it is."""
+
+    def piece(self, start: int, shape: Sequence[int]) -> Array:
+        """View of the piece that begins at element ``start``."""
 
 
 class Binding(Protocol):

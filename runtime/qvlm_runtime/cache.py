@@ -1,11 +1,14 @@
-"""The key/value cache of one generation, in the two forms of the folder contract (manifest.py).
+"""The key/value cache of one generation, in the three forms of the folder contract (manifest.py).
 
 scatter  one buffer [1, kv_heads, C, head_dim] per tensor, bound as past and as present: the graph
          writes its new rows in place and is told where (write_index) and how far to read (kv_len).
+grown    the same on the CPU for a graph that reads all of C: the buffer has room for the capacity
+         and is bound as a view of C rows, C the next multiple of STEP. Values are columns,
+         [1, kv_heads, head_dim, C].
 append   one sequence-major buffer [1, C, kv_heads, head_dim] per tensor: the past is its first P
          rows, and the graph's output, the new rows only, is bound right behind them.
 
-Neither form ever copies a row.
+No form copies a row for a step; "grown" moves them once every STEP rows, when C changes.
 """
 
 from __future__ import annotations
@@ -14,8 +17,11 @@ from typing import Protocol
 
 import numpy as np
 
-from qvlm_runtime.backend import Array, Binding, Buffer, Session, host_dtype
-from qvlm_runtime.manifest import ModelSpec, TargetSpec
+from qvlm_runtime.backend import Array, Binding, Buffer, HostBuffer, Session, host_dtype
+from qvlm_runtime.manifest import CacheForm, ModelSpec, TargetSpec
+
+# Rows by which the view of a cache that grows gets longer: half of them are read for nothing.
+STEP = 128
 
 
 class Cache(Protocol):
@@ -40,15 +46,18 @@ class Cache(Protocol):
 def cache_tensors(model: ModelSpec, target: TargetSpec) -> tuple[list[str], list[str]]:
     """Names of the cache inputs and outputs of a decoder graph."""
     pairs = [(kind, i) for i in range(model.layers) for kind in ("key", "value")]
-    extra = ["write_index", "kv_len"] if target.cache == "scatter" else []
+    extra = [] if target.cache == "append" else ["write_index", "kv_len"]
     return [f"past_{k}_{i}" for k, i in pairs] + extra, [f"present_{k}_{i}" for k, i in pairs]
 
 
 def make_cache(session: Session, model: ModelSpec, target: TargetSpec, capacity: int) -> Cache:
     """An empty cache for ``capacity`` rows in the form the target's graph has."""
-    if target.cache == "scatter":
-        return ScatterCache(session, model, target, capacity)
-    return AppendCache(session, model, target, capacity)
+    kinds: dict[CacheForm, type[ScatterCache | AppendCache]] = {
+        "scatter": ScatterCache,
+        "grown": GrownCache,
+        "append": AppendCache,
+    }
+    return kinds[target.cache](session, model, target, capacity)
 
 
 def cache_bytes(model: ModelSpec, target: TargetSpec, capacity: int) -> int:
@@ -99,8 +108,8 @@ class ScatterCache(_Buffers):
     def bind(self, binding: Binding, new: int) -> None:
         """Bind the whole buffers (first time), and say where the rows go."""
         if self._bound_to is not binding:
-            shape = (1, self.kv_heads, self.capacity, self.head_dim)
             for past, present, buffer in self._named:
+                shape = self._shape(past)
                 binding.place(past, buffer, 0, shape)
                 binding.place(present, buffer, 0, shape)
             binding.host("write_index", self._write_index)
@@ -109,10 +118,57 @@ class ScatterCache(_Buffers):
         self._write_index[0] = self.length
         self._kv_len[0] = self.length + new
 
+    def _shape(self, past: str) -> tuple[int, ...]:
+        """Shape of the tensor ``past``."""
+        return (1, self.kv_heads, self.capacity, self.head_dim)
+
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values."""
         shape = (1, self.kv_heads, self.capacity, self.head_dim)
         key, value = (buffer.read(0, shape)[:, :, : self.length] for buffer in self.layers[layer])
+        return key, value
+
+
+class GrownCache(ScatterCache):
+    """Head-major keys, and values as columns, each a view of as many rows as are valid and a few.
+
+    Moving the valid rows into a larger view copies the cache once in STEP tokens, which read it
+    STEP times meanwhile. In a GPU's memory, which the host does not move, the view is the whole.
+    """
+
+    def __init__(
+        self, session: Session, model: ModelSpec, target: TargetSpec, capacity: int
+    ) -> None:
+        super().__init__(session, model, target, capacity)
+        self._on_host = all(isinstance(buffer, HostBuffer) for _, _, buffer in self._named)
+        self._view = 0 if self._on_host else capacity
+
+    def bind(self, binding: Binding, new: int) -> None:
+        """Bind views that the new rows fit in, and say where they go."""
+        view = min(self.capacity, -(-(self.length + new) // STEP) * STEP)
+        if view != self._view and self._on_host:
+            kept = [self._valid(past, buffer).copy() for past, _, buffer in self._named]
+            self._view, self._bound_to = view, None
+            for (past, _, buffer), rows in zip(self._named, kept, strict=True):
+                self._valid(past, buffer)[:] = rows
+        super().bind(binding, new)
+
+    def _shape(self, past: str) -> tuple[int, ...]:
+        if past.startswith("past_key"):
+            return (1, self.kv_heads, self._view, self.head_dim)
+        return (1, self.kv_heads, self.head_dim, self._view)
+
+    def _valid(self, past: str, buffer: Buffer) -> Array:
+        """The valid rows, as [1, kv_heads, length, head_dim]: where they lie, or a copy from a GPU."""
+        read = buffer.piece if isinstance(buffer, HostBuffer) else buffer.read
+        whole = read(0, self._shape(past))
+        rows = whole if past.startswith("past_key") else whole.swapaxes(2, 3)
+        return rows[:, :, : self.length]
+
+    def rows(self, layer: int) -> tuple[Array, Array]:
+        """Copies of the valid keys and values."""
+        pair = self._named[2 * layer : 2 * layer + 2]
+        key, value = (self._valid(past, buffer).copy() for past, _, buffer in pair)
         return key, value
 
 

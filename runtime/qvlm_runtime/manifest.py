@@ -16,6 +16,9 @@ Contract of the two graphs (batch is always 1; F is the target's float type):
       cache "scatter": past_key_i, past_value_i F [1, kv_heads, C, head_dim], write_index int64 [1]
               (slot of the first new row), kv_len int64 [1] (= write_index + S)
               -> present_key_i, present_value_i of the same shape, to be bound to the same buffer
+      cache "grown": as "scatter", but all C rows are read (those behind kv_len weigh exactly 0 and must
+              be finite), and past_value_i and present_value_i are
+              F [1, kv_heads, head_dim, C]
       cache "append":  past_key_i, past_value_i F [1, P, kv_heads, head_dim], P >= 0
               -> present_key_i, present_value_i F [1, S, kv_heads, head_dim]: the new rows only
 """
@@ -32,8 +35,8 @@ from typing import Any, Literal
 from qvlm_runtime.errors import FolderError
 
 SCHEMA = 1
-CacheForm = Literal["scatter", "append"]
-CACHE_FORMS = ("scatter", "append")
+CacheForm = Literal["scatter", "grown", "append"]
+CACHE_FORMS = ("scatter", "grown", "append")
 DTYPES = ("float32", "float16", "bfloat16")
 
 

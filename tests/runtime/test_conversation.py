@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from runtime_support import FORMS, write_folder
+from runtime_support import SCATTERS, write_folder
 
 from qvlm_runtime import Model, PromptError, SessionError, load
 from qvlm_runtime.budget import CacheBudget
 from qvlm_runtime.context import Context, RowKey
 
-TARGETS = ["ort", "rtx"] if FORMS[0] == "scatter" else ["rtx"]
+TARGETS = ["ort", "rtx"] if SCATTERS else ["rtx"]
 
 
 @pytest.fixture(scope="module")

@@ -77,6 +77,11 @@ def test_cache_rows_are_the_projections_of_the_tokens(tmp_path: Path, form: str)
         np.testing.assert_allclose(rows, expected, rtol=0, atol=atol)
 
 
+# Shape of a cache of 16 rows, and the axis of its rows.
+KEYS = {"scatter": ((2, 16, 6), 1), "grown": ((2, 16, 6), 1), "append": ((16, 2, 6), 0)}
+VALUES = {**KEYS, "grown": ((2, 6, 16), 2)}
+
+
 def storage(state: DecoderState) -> list[np.ndarray]:
     return [buffer.array for pair in state._cache.layers for buffer in pair]  # type: ignore[attr-defined]
 
@@ -88,14 +93,13 @@ def test_a_step_writes_its_row_in_place_and_touches_no_other(tmp_path: Path, for
     state.step(IDS[:7], INDEX[:7])
     arrays = storage(state)
     addresses = [array.ctypes.data for array in arrays]
-    shape = (2, 16, 6) if form == "scatter" else (16, 2, 6)
-    axis = 1 if form == "scatter" else 0
-    for array in arrays:
+    layouts = [KEYS[form], VALUES[form]]
+    for array, (shape, axis) in zip(arrays, layouts, strict=True):
         np.moveaxis(array.reshape(shape), axis, 0)[8:] = 77.0
     before = [array.copy() for array in arrays]
     state.step([IDS[7]])
     assert [array.ctypes.data for array in storage(state)] == addresses
-    for array, old in zip(arrays, before, strict=True):
+    for array, old, (shape, axis) in zip(arrays, before, layouts, strict=True):
         changed = np.moveaxis((array != old).reshape(shape), axis, 0).any((1, 2))
         assert changed.tolist() == [False] * 7 + [True] + [False] * 8
 
@@ -121,11 +125,32 @@ def test_past_and_present_are_bound_to_one_buffer(tmp_path: Path, form: str) -> 
     key = storage(state)[0]
     past, present = calls["past_key_0"], calls["present_key_0"]
     assert past[1] == key.ctypes.data
-    if form == "scatter":
+    if form != "append":
         assert present == past == ((1, 2, 16, 6), key.ctypes.data)
     else:
         assert past[0] == (1, 7, 2, 6) and present[0] == (1, 1, 2, 6)
         assert present[1] == key.ctypes.data + 7 * 2 * 6 * 4
+
+
+@pytest.mark.skipif(not SCATTERS, reason="ONNX Runtime without opset 24")
+def test_a_grown_cache_reads_little_more_than_is_valid(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its view follows the length up and down in steps, and the answers are those of one view."""
+    monkeypatch.setattr("qvlm_runtime.cache.STEP", 8)
+    opened = decoder(tmp_path, "grown")
+    state, views = opened.start(30, FEATURES), list[int]()
+    cache = state._cache
+    for length in (7, 8, 9, 16, 17, 30, 5, 12):
+        if length < state.length:
+            state.rewind(length - 1)
+        while state.length < length:
+            at = state.length
+            logits = state.step([IDS[at]], [INDEX[at]] if at < 7 else None)
+        views.append(cache._view)  # type: ignore[attr-defined]
+        assert_reference(logits, length, "float32")
+    assert views == [8, 8, 16, 16, 24, 30, 8, 16]
+    assert all(array.size == 30 * 12 for array in storage(state)), "no second buffer"
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from runtime_support import FORMS, write_folder
+from runtime_support import SCATTERS, write_folder
 
 from qvlm_runtime import FeatureCache, ImageError, Model, load
 from qvlm_runtime.decoder import Features
@@ -25,7 +25,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["ort", "rtx"] if FORMS[0] == "scatter" else ["rtx"])
+@pytest.fixture(params=["ort", "rtx"] if SCATTERS else ["rtx"])
 def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
     """Both cache forms."""
     with load(folder, request.param, threads=1, verify=False) as opened:

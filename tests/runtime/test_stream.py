@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from runtime_support import FORMS, model_spec, write_folder
+from runtime_support import SCATTERS, model_spec, write_folder
 
 import qvlm_runtime
 from qvlm_runtime import CapacityError, Model, PromptError, load
@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture(params=["ort", "rtx"] if FORMS[0] == "scatter" else ["rtx"])
+@pytest.fixture(params=["ort", "rtx"] if SCATTERS else ["rtx"])
 def model(folder: Path, request: pytest.FixtureRequest) -> Iterator[Model]:
     """Both cache forms."""
     with load(folder, request.param, threads=1, verify=False) as opened:

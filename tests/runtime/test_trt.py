@@ -21,7 +21,7 @@ import pytest
 from device_support import DRIVEN, Machine, machine, toy_engines
 from fake_cuda import CUDA_RELEASES
 from PIL import Image
-from runtime_support import FORMS, SCATTERS, model_spec, target_spec, toy_decoder
+from runtime_support import PLAN_FORMS, SCATTERS, model_spec, target_spec, toy_decoder
 
 from qvlm_runtime import (
     FeatureCache,
@@ -93,7 +93,7 @@ def assert_equal_steps(folder: Path, device: Machine, chunks: list[int]) -> None
         np.testing.assert_array_equal(ours, theirs)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PLAN_FORMS)
 @pytest.mark.parametrize("release", DRIVEN)
 def test_every_release_steps_as_onnx_runtime_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, form: str
@@ -105,7 +105,7 @@ def test_every_release_steps_as_onnx_runtime_does(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PLAN_FORMS)
 @pytest.mark.parametrize("chunks", [[30], [1] * 30])
 def test_any_way_of_feeding_steps_as_onnx_runtime_does(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, chunks: list[int], form: str, dtype: str
@@ -218,7 +218,7 @@ def test_the_narrowest_profile_runs(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str, profiles: list[int]
 ) -> None:
     """Prefill, decode, a piece behind a past, decode: a wider profile has slower kernels."""
-    if form not in FORMS:
+    if form not in PLAN_FORMS:
         pytest.skip("ONNX Runtime without opset 24")
     device = machine(monkeypatch, "10.16.1.11")
     toy_engines(tmp_path, device, form)
