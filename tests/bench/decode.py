@@ -2,8 +2,9 @@
 
 Both graphs come from the exporter and run through the runtime, interleaved context by context in one process, so the
 ratio holds when the machine's speed drifts. Printed beside the figures: the floor (bytes that one step must read over
-the read bandwidth measured here) and the share of it reached; and what the cache costs from context 256 to 2,048
-against attention's own reads. Random weights: this says nothing about accuracy.
+the read bandwidth measured here) and the share of it reached; what the cache costs from context 256 to 2,048
+against attention's own reads; and, from ONNX Runtime's profile, which operators that cost is in. Random weights: this
+says nothing about accuracy.
 
 Run: python tests/bench/decode.py [--layers 22] [--threads 2] [--repeats 3] [--json FILE]
 Needs about 12 GB of memory and of disk at 22 layers; no network.
@@ -17,6 +18,7 @@ import platform
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -34,8 +36,9 @@ from qvlm_export.weights import Weights, write_model
 from qvlm_runtime.backend import FAST, open_session
 from qvlm_runtime.decoder import Decoder, DecoderState
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
+from qvlm_runtime.ort import OrtSession
 
-CONTEXTS = (256, 512, 1024, 2048)
+CONTEXTS = (256, 1024, 2048)
 STEPS = 12
 PREFIX, HEAD = "model.language_model", "lm_head"
 
@@ -200,6 +203,32 @@ def measure(
     }
 
 
+def operator_milliseconds(
+    decoder: Decoder, path: Path, threads: int, context: int
+) -> dict[str, float]:
+    """Milliseconds of a decode step by operator: per node the median of the profiled steps, then their sum."""
+    with tempfile.TemporaryDirectory() as folder:
+        session = OrtSession(
+            path, threads=threads, accuracy_level=FAST, profile=Path(folder) / "profile"
+        )
+        state = fill(Decoder(session, decoder.model, decoder.target), context)
+        for _ in range(3):
+            step_seconds(state)
+        events = json.loads(Path(session.native().end_profiling()).read_text(encoding="utf-8"))
+        session.close()
+    runs = sorted(event["ts"] for event in events if event["name"] == "model_run")
+    times: dict[tuple[str, str], list[float]] = defaultdict(list)
+    ran = [e for e in events if e["name"].endswith("_kernel_time") and e["ts"] >= runs[-3 * STEPS]]
+    for event in ran:
+        operator = event["args"]["op_name"]
+        if operator != "If":  # the sum of its branch, whose nodes are in the profile themselves
+            times[operator, event["name"]].append(event["dur"] / 1e3)
+    total: dict[str, float] = defaultdict(float)
+    for (operator, _), found in times.items():
+        total[operator] += statistics.median(found)
+    return dict(total)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layers", type=int, default=22)
@@ -235,15 +264,29 @@ def main() -> None:
             print(
                 f"{context:7d}  {f:10.1f}  {q:7.1f}  {f / q:5.2f}  {shares[0]:.2f}, {shares[1]:.2f}"
             )
-    first, last = rows[0], rows[-1]
-    reads = last["cache_bytes"] - first["cache_bytes"]
-    grown = last["int4"]["median_ms"] - first["int4"]["median_ms"]
-    print(
-        f"int4, context {first['context']} to {last['context']}: {grown:+.2f} ms a step; attention reads "
-        f"{reads / 1e6:.1f} MB more, {1e3 * reads / bandwidth:.2f} ms at the measured bandwidth"
-    )
+        first, last = rows[0], rows[-1]
+        reads = last["cache_bytes"] - first["cache_bytes"]
+        grown = last["int4"]["median_ms"] - first["int4"]["median_ms"]
+        print(
+            f"int4, context {first['context']} to {last['context']}: {grown:+.2f} ms a step; attention reads "
+            f"{reads / 1e6:.1f} MB more, {1e3 * reads / bandwidth:.2f} ms at the measured bandwidth"
+        )
+        path = Path(folder) / "int4" / "decoder.onnx"
+        early, late = (
+            operator_milliseconds(decoders["int4"], path, args.threads, context)
+            for context in (CONTEXTS[0], CONTEXTS[-1])
+        )
+        growth = {name: late[name] - early.get(name, 0.0) for name in late}
+        shown = sorted(growth.items(), key=lambda pair: -pair[1])[:6]
+        print("grown, by operator: " + ", ".join(f"{name} {ms:+.2f} ms" for name, ms in shown))
     if args.json:
-        result = {"bandwidth": bandwidth, "threads": args.threads, "weights": weights, "rows": rows}
+        result = {
+            "bandwidth": bandwidth,
+            "threads": args.threads,
+            "weights": weights,
+            "rows": rows,
+            "grown_ms": growth,
+        }
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
