@@ -4,8 +4,8 @@
 2. One process per folder stays. Its cache is filled context by context: memory against context.
 3. Warm-up rounds, thrown away.
 4. Rounds. In each, every subject decodes at every context and answers every case; the subjects run
-   a context or a case one right after the other, and which comes first changes from round to round.
-   So a machine that gets slower with time slows all of them, and the quotient of two samples of one
+   a context or a case one right after the other. Who comes first, and in every second round the
+   direction, changes: what a subject leaves in caches meets each neighbour as often. So a machine that gets slower with time slows all of them, and the quotient of two samples of one
    round keeps their ratio. Between two rounds the machine is looked at; a round it throttled in is
    marked.
 5. Rounds end when every figure's interval is as narrow as the plan asks, or at the plan's limit.
@@ -144,8 +144,9 @@ class Session:
         before = self.snapshot()
         while len(rounds) < plan.max_rounds:
             pairs = list(zip(subjects, samples, strict=True))
-            turn = len(rounds) % len(pairs)
-            self._round(pairs[turn:] + pairs[:turn])
+            back, turn = len(rounds) % 2, len(rounds) // 2 % len(pairs)
+            order = pairs[turn:] + pairs[:turn]
+            self._round(order[::-1] if back else order)
             after = self.snapshot()
             rounds.append(Round(throttled(before, after), after))
             before = after

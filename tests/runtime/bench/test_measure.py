@@ -2,7 +2,9 @@
 marks of throttled rounds, energy: python -m pytest tests/runtime/bench/test_measure.py
 """
 
+import itertools
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -127,6 +129,18 @@ def test_compared_runs_stand_side_by_side_and_take_turns_to_be_first() -> None:
     ]
     loads = [call[0] for call in world.calls if call[1] == "load"]
     assert loads == ["m0", "m1"] * 3
+
+
+def test_of_three_each_runs_behind_each_other_one_as_often() -> None:
+    """What the one before leaves in the caches would else make two identical folders differ."""
+    world = World()
+    plan = Plan(contexts=(64,), warmup=0, rounds=6, max_rounds=6, spread=0.0)
+    session(world, plan, 0.01, 0.01, 0.01).run()
+    order = [call[0] for call in world.calls if call[1] == "decode"]
+    rounds = [order[i : i + 3] for i in range(0, 18, 3)]
+    behind = Counter(pair for one in rounds for pair in itertools.pairwise(one))
+    assert set(behind.values()) == {2} and len(behind) == 6
+    assert Counter(one[0] for one in rounds) == {"m0": 2, "m1": 2, "m2": 2}
 
 
 def test_the_parts_and_the_rest_are_the_whole() -> None:
