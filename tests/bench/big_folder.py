@@ -21,8 +21,8 @@ from vision import write_checkpoint as write_tower
 
 from qvlm.progress import silent
 from qvlm_export.graph import GraphBuilder
-from qvlm_export.models.clip import hidden_states
 from qvlm_export.models.llama import decoder
+from qvlm_export.models.vit import hidden_states
 from qvlm_export.ops import INT64_MAX
 from qvlm_export.qdq import linear
 from qvlm_export.targets import named_target

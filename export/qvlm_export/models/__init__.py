@@ -3,9 +3,14 @@
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import UnsupportedModelError
 from qvlm_export.models.family import Family
-from qvlm_export.models.llava import LLAVA
+from qvlm_export.models.internvl import INTERNVL
+from qvlm_export.models.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
+from qvlm_export.models.smolvlm import IDEFICS3, SMOLVLM
 
-BUILDERS: dict[str, Family] = {family.model_type: family for family in (LLAVA,)}
+BUILDERS: dict[str, Family] = {
+    family.model_type: family
+    for family in (LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, SMOLVLM, IDEFICS3, INTERNVL)
+}
 
 
 def builder_for(checkpoint: Checkpoint) -> Family:
