@@ -23,9 +23,11 @@ from qvlm.models.adapter import Adapter
 class Sample:
     """One prompt with its images and (teacher-forced) answer, as the model takes it.
 
-    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 [N, 3, H, W] or
-    None without images; image_mask bool [S], True on image tokens; answer_mask bool [S], True on tokens of the answer
-    (the logits at t-1 predict the token at t); others: further keyword arguments of the model's forward.
+    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 as the family's
+    processor gives them ([N, 3, H, W], or with leading axes for samples or tiles), None without images; image_mask
+    bool [S], True on image tokens; answer_mask bool [S], True on tokens of the answer (the logits at t-1 predict the
+    token at t); others: further keyword arguments of the model's forward; image_sizes: height and width of each
+    picture, before any processing.
     """
 
     input_ids: Tensor
@@ -33,6 +35,7 @@ class Sample:
     image_mask: Tensor
     answer_mask: Tensor
     others: Mapping[str, Any] = field(default_factory=dict)
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward (without a cache)."""
@@ -66,6 +69,7 @@ def build_sample(
         ids[0] == image_token_id,
         answer_mask,
         {key: value for key, value in asked.items() if key not in known},
+        tuple((image.height, image.width) for image in images),
     )
 
 

@@ -111,8 +111,9 @@ class Golden:
 
     Both are teacher-forced on the float model's greedy tokens.
 
-    input_ids [S] (image token repeated once per image token), pixel_values [N, 3, H, W] float32, image_index [S]
-    (row of image_features that replaces the token's embedding, -1 for text), position_ids [S], tokens [T].
+    input_ids [S] (image token repeated once per image token), pixel_values [N, 3, H, W] float32 (all
+    tiles that the tower saw), image_sizes [images, 2] (height and width of each picture), image_index [S] (row of
+    image_features that replaces the token's embedding, -1 for text), position_ids [S], tokens [T].
     For each of "float" and "quant": image_features [M, hidden], logits [T, vocab] (row 0 from the prompt alone, row t
     after tokens[:t] were fed), key and value [S+T-1, kv_heads, head_dim] of the last decoder layer, key after rope.
     """
@@ -121,7 +122,7 @@ class Golden:
     outputs: Mapping[str, Mapping[str, Array]]
 
 
-_INPUTS = ("input_ids", "pixel_values", "image_index", "position_ids", "tokens")
+_INPUTS = ("input_ids", "pixel_values", "image_sizes", "image_index", "position_ids", "tokens")
 _OUTPUTS = ("image_features", "logits", "key", "value")
 
 

@@ -82,7 +82,7 @@ def patches(module: nn.Conv2d, sample: Sample) -> Tensor:
     """The inputs [tokens, channels * height * width] of a patch projection on one sample."""
     assert sample.pixel_values is not None
     kernel = (int(module.kernel_size[0]), int(module.kernel_size[1]))
-    unfolded = F.unfold(sample.pixel_values, kernel, stride=kernel)
+    unfolded = F.unfold(sample.pixel_values.flatten(0, -4), kernel, stride=kernel)
     return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
 
 

@@ -94,34 +94,38 @@ def golden_side(
 
     Decoding goes on past the end token, so that ``steps`` cached steps are compared whatever the answer's length.
     """
-    features: list[Tensor] = []
-    positions: list[Tensor] = []
+    pixels: list[Tensor] = []
+    entered: list[tuple[Tensor, Tensor]] = []
 
-    def projected(module: nn.Module, args: Any, output: Tensor) -> None:
-        features.append(output.reshape(-1, output.shape[-1]))
+    def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        pixels.append(args[0])
 
-    def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not positions:
-            positions.append(kwargs["position_ids"])
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        if not entered:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            entered.append((hidden, kwargs["position_ids"]))
 
     first = model.get_submodule(adapter.layer_names(model, "text")[0])
     with ExitStack() as stack:
-        hook = model.get_submodule(adapter.projector).register_forward_hook(projected)
+        hook = model.get_submodule(adapter.pixels).register_forward_pre_hook(seen)
         stack.callback(hook.remove)
-        stack.callback(first.register_forward_pre_hook(entered, with_kwargs=True).remove)
+        stack.callback(first.register_forward_pre_hook(enter, with_kwargs=True).remove)
         result = decode(model, sample.model_inputs(), steps, forced=forced, keep_logits=True)
-    assert result.logits is not None and sample.pixel_values is not None
+    assert result.logits is not None
+    hidden, positions = entered[0]
     mask = sample.image_mask.numpy()
     inputs: dict[str, Array] = {
         "input_ids": sample.input_ids[0].numpy(),
-        "pixel_values": sample.pixel_values.numpy(),
+        "pixel_values": torch.cat(pixels).numpy(),
+        "image_sizes": np.array(sample.image_sizes, np.int64).reshape(-1, 2),
         "image_index": np.where(mask, np.cumsum(mask) - 1, -1).astype(np.int64),
-        "position_ids": positions[0].reshape(-1, sample.input_ids.shape[1])[0].numpy(),
+        "position_ids": positions.reshape(-1, sample.input_ids.shape[1])[0].numpy(),
         "tokens": result.tokens[0].numpy(),
     }
     last = result.cache.layers[-1]
     outputs: dict[str, Array] = {
-        "image_features": features[0].float().numpy(),
+        # Image tokens enter the first layer as they left the projector, whatever a family did in between.
+        "image_features": hidden[0, sample.image_mask].float().numpy(),
         "logits": result.logits[0].numpy(),
         "key": last.keys[0].transpose(0, 1).contiguous().numpy(),
         "value": last.values[0].transpose(0, 1).contiguous().numpy(),

@@ -52,7 +52,8 @@ class Adapter:
     """Architecture facts. Paths are module names in the tree that transformers builds.
 
     vision_layers and text_layers name the ModuleLists of repeated layers; projector and head name single modules,
-    each treated as a component of one layer. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
+    each treated as a component of one layer. ``pixels`` names the module whose one argument are the pixels of all
+    tiles, [N, 3, H, W]. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
     many vision layers (from the first) reach the language model; later ones are dead, not quantized and not exported.
     ``embeddings`` names what turns tokens and pixels into hidden states: nn.Embedding or nn.Conv2d without bias.
     ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized. scale_pairs:
@@ -65,6 +66,7 @@ class Adapter:
     projector: str
     text_layers: str
     head: str
+    pixels: str
     image_token_id: Callable[[Any], int]
     image_tokens: Callable[[Any], int]
     live_vision_layers: Callable[[Any], int]

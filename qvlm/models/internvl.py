@@ -22,6 +22,7 @@ ADAPTER = Adapter(
     projector=_PROJECTOR,
     text_layers=f"{_TEXT}.layers",
     head="lm_head",
+    pixels="model.vision_tower.embeddings.patch_embeddings.projection",
     image_token_id=parts.image_token_id,
     image_tokens=_image_tokens,
     live_vision_layers=parts.live_layers,

@@ -10,6 +10,7 @@ from qvlm.models.adapter import Adapter, Residual
 _TEXT = "model.language_model"
 _PROJECTOR = "model.multi_modal_projector"
 _EMBEDDING = f"{_TEXT}.embed_tokens"
+_PATCHES = "model.vision_tower.embeddings.patch_embedding"
 
 
 def _image_tokens(config: Any) -> int:
@@ -28,6 +29,7 @@ def _llava(model_type: str, image_tokens: Any, **rest: Any) -> Adapter:
         projector=_PROJECTOR,
         text_layers=f"{_TEXT}.layers",
         head="lm_head",
+        pixels=_PATCHES,
         image_token_id=parts.image_token_id,
         image_tokens=image_tokens,
         live_vision_layers=parts.live_layers,
@@ -42,9 +44,7 @@ def _llava(model_type: str, image_tokens: Any, **rest: Any) -> Adapter:
     )
 
 
-# CLIP's patch projection has no bias and may be quantized, SigLIP's has one and stays float.
-_PATCHES = "model.vision_tower.embeddings.patch_embedding"
-
+# CLIP's patch projection has no bias and may be quantized; SigLIP's has one and stays float.
 ADAPTER = _llava(
     "llava",
     _image_tokens,

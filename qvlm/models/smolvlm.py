@@ -28,6 +28,7 @@ ADAPTER = Adapter(
     projector=_CONNECTOR,
     text_layers=f"{_TEXT}.layers",
     head="lm_head",
+    pixels="model.vision_model.embeddings.patch_embedding",
     image_token_id=parts.image_token_id,
     image_tokens=_image_tokens,
     live_vision_layers=_all_layers,
