@@ -4,6 +4,7 @@ checkpoints and torch's answers. For tests only.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ TEXT: dict[str, Any] = {
     "num_attention_heads": 6,
     "num_key_value_heads": 2,
     "vocab_size": 389,
-    "max_position_embeddings": 320,
+    "max_position_embeddings": 640,
     "rms_norm_eps": 3e-6,
     "eos_token_id": 2,
     "pad_token_id": 0,
@@ -69,7 +70,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], dict[str, Any], dict[str, Any]]] 
 
 
 def tiny_model(family: str, seed: int = 0, **changes: Any) -> Any:
-    """About a million parameters; ``changes`` go to its config, ``text_*`` and ``vision_*`` to the parts."""
+    """About a million parameters; ``changes`` go to its config, ``text__*`` and ``vision__*`` to the parts."""
     config_class, vision, text, rest = FAMILIES[family]
     parts = {"vision": {**VISION, **vision}, "text": {**TEXT, **text}, "": dict(rest)}
     for key, value in changes.items():
@@ -102,6 +103,8 @@ def float_checkpoint(model: nn.Module, directory: Path) -> Path:
         if not (tied and name == "lm_head.weight"):
             writer.add(name, tensor.numpy())
     writer.close(config.to_dict(), RECIPES["float"], {}, {})
+    tokens = [{"id": IMAGE_TOKEN, "content": "<image>", "special": True}]
+    (directory / "tokenizer.json").write_text(json.dumps({"added_tokens": tokens}))
     return directory
 
 
@@ -152,6 +155,29 @@ class Answer:
     image_features: Array
     tokens: list[int]
     logits: Array
+
+
+def feature_index(model: Any, p: Prompt) -> list[Array]:
+    """For each image the rows of its tiles, the newline row behind them, in the order that transformers packs them:
+    its own function on features that are their own numbers.
+    """
+    side = VISION["image_size"] // VISION["patch_size"]
+    parts = [
+        torch.arange(n * side**2, dtype=torch.float64).reshape(n, side**2, 1) for n in p.counts
+    ]
+    found = []
+    for part, size in zip(parts, p.sizes, strict=True):
+        end = torch.tensor([float(part.numel())], dtype=torch.float64)
+        strategy = (
+            {}
+            if "onevision" in model.config.model_type
+            else {"vision_feature_select_strategy": "default"}
+        )
+        packed, _ = model.model.pack_image_features(
+            [part], [list(size)], image_newline=end, **strategy
+        )
+        found.append(packed[0][:, 0].to(torch.int64).numpy())
+    return found
 
 
 @torch.no_grad()

@@ -6,11 +6,10 @@ Patch embedding, optional class token, learned positions, pre-norm layers of ful
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import onnx_ir as ir
 
 from qvlm.errors import ExportError
@@ -18,7 +17,6 @@ from qvlm_export.attention import full_attention
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.ops import activation, layer_norm, rms_norm, split_heads
 from qvlm_export.qdq import heads_linear, linear, linears
-from qvlm_export.weights import Array
 
 
 @dataclass(frozen=True)
@@ -27,8 +25,7 @@ class Tower:
 
     Names are relative to the tower, those from ``norms`` on to a layer; "" is a part it does not have. label: the
     class token. scales: a gain per channel on what attention and MLP add. query_norms: norms over all heads at once,
-    where the config asks for them (use_qk_norm). position_rows: the row of the table each patch reads, for a grid of
-    n x n patches; None where patch i reads row i.
+    where the config asks for them (use_qk_norm).
     """
 
     defaults: Mapping[str, Any]
@@ -43,22 +40,6 @@ class Tower:
     output: str = "out_proj"
     scales: tuple[str, ...] = ()
     query_norms: tuple[str, ...] = ()
-    position_rows: Callable[[int], Array] | None = None
-
-
-def fractional_rows(side: int) -> Array:
-    """Rows int64 [side^2] that Idefics3 and SmolVLM read for a tile without padding.
-
-    They put patch i at the fraction i / side of the tile and look for its bucket between multiples of 1 / side, in
-    float32: where 1 / side is no sum of powers of two, some patches fall into the bucket before their own. The model
-    was trained with these, so they are computed as it does.
-    """
-    step = np.float32(1.0) / np.float32(side)
-    places = np.minimum(np.arange(side, dtype=np.float32) * step, np.float32(1.0 - 1e-6))
-    edges = np.arange(1 / side, 1.0, 1 / side).astype(np.float32)
-    buckets = np.searchsorted(edges, places, side="right")
-    rows: Array = buckets[:, None] * side + buckets[None, :]
-    return rows.reshape(-1).astype(np.int64)
 
 
 _CLIP = {
@@ -84,13 +65,14 @@ _INTERN = {
     "layer_norm_eps": 1e-6,
     "use_mean_pooling": True,
 }
-_IDEFICS_TOWER = Tower(_IDEFICS, position_rows=fractional_rows)
 
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(_CLIP, label="embeddings.class_embedding", pre_norm="pre_layrnorm"),
     "siglip_vision_model": Tower(_SIGLIP),
-    "smolvlm_vision": _IDEFICS_TOWER,
-    "idefics3_vision": _IDEFICS_TOWER,
+    # transformers looks a patch's row up by its fraction of the tile, in float32. On full tiles that is the patch's own
+    # row for all sizes that were published (26, 27 and 32 patches a side).
+    "smolvlm_vision": Tower(_IDEFICS),
+    "idefics3_vision": Tower(_IDEFICS),
     "internvl_vision": Tower(
         _INTERN,
         patch="embeddings.patch_embeddings.projection",
@@ -220,22 +202,17 @@ def _label(b: GraphBuilder, c: VitConfig, name: str, pixels: ir.Value) -> ir.Val
     label = b.constant(name, b.weights.stored(name, shape, lambda array: array.reshape(shape)))
     if pixels.shape is not None and pixels.shape[0] == 1:
         return label
-    count = b.op("Shape", pixels, start=0, end=1)
+    # Not Shape's start and end: older importers do not read these attributes.
+    count = b.op("Gather", b.op("Shape", pixels), b.i64(0), axis=0)
     return b.op("Expand", label, b.op("Concat", count, b.i64(1, c.hidden_size), axis=0))
 
 
 def _positions(b: GraphBuilder, c: VitConfig, name: str) -> ir.Value:
-    """The position table in the order of the patches, [labels + patches, hidden]."""
+    """The position table [labels + patches, hidden]."""
     shape = (c.labels + c.patches, c.hidden_size)
-    rows = c.tower.position_rows
     batched = len(b.weights.shape(name)) == 3
     b.weights.expect(name, (1, *shape) if batched else shape)
-
-    def ordered(array: Array) -> Array:
-        table = array.reshape(shape)
-        return table if rows is None else table[rows(c.side)]
-
-    return b.constant(name, b.weights.stored(name, shape, ordered))
+    return b.constant(name, b.weights.stored(name, shape, lambda array: array.reshape(shape)))
 
 
 def _patches(b: GraphBuilder, c: VitConfig, name: str, pixels: ir.Value) -> ir.Value:
