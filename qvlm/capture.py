@@ -23,8 +23,8 @@ from qvlm.models.adapter import Adapter
 class Sample:
     """One prompt with its images and (teacher-forced) answer, as the model takes it.
 
-    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 [N, 3, H, W] or
-    None without images; image_mask bool [S], True on image tokens; answer_mask bool [S], True on tokens of the answer
+    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 as the processor
+    makes them ([N, 3, H, W], or a row per patch), None without images; image_mask bool [S], True on image tokens; answer_mask bool [S], True on tokens of the answer
     (the logits at t-1 predict the token at t); others: further keyword arguments of the model's forward.
     """
 
@@ -93,7 +93,7 @@ class Stream:
 
     names and layers: full module name and module of each layer. For each sample i that reaches the component:
     samples[i] is its index in the calibration list, inputs[i] the hidden state entering layer 0 ([1, S, hidden] for
-    text, [N, tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden state, image_masks[i]
+    text, [N, tokens, hidden] or [tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden state, image_masks[i]
     bool of inputs[i].shape[:-1] (all True in vision and projector).
 
     Text only: answer_masks[i] bool of inputs[i].shape[:-1], True where the logits predict a token of the answer;

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from qvlm.models import llava
+from qvlm.models import llava, qwen_vl
 from qvlm.models.adapter import Adapter
 
 __all__ = ["ADAPTERS", "Adapter"]
 
-ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in (llava.ADAPTER,)}
+ADAPTERS: dict[str, Adapter] = {
+    adapter.model_type: adapter for adapter in (llava.ADAPTER, qwen_vl.QWEN2, qwen_vl.QWEN2_5)
+}
