@@ -111,18 +111,20 @@ class Golden:
 
     Both are teacher-forced on the float model's greedy tokens.
 
-    input_ids [S] (image token repeated once per image token), pixel_values float32 as the processor makes them, with
-    what it says of their shape under its own names (image_grid_thw, ...), image_index [S] (row of image_features that
-    replaces the token's embedding, -1 for text), position_ids [S], or [3, S] with M-RoPE, tokens [T].
-    For each of "float" and "quant": image_features [M, hidden], logits [T, vocab] (row 0 from the prompt alone, row t
-    after tokens[:t] were fed), key and value [S+T-1, kv_heads, head_dim] of the last decoder layer, key after rope.
+    input_ids [S] (image token repeated once per image token), pixel_values float32 (all that the tower saw: tiles
+    [N, 3, H, W], or a row per patch), image_sizes [images, 2] (height and width of each picture), image_index [S] (row
+    of image_features that replaces the token's embedding, -1 for text), position_ids [S], or [3, S] with M-RoPE,
+    tokens [T].
+    For each of "float" and "quant": image_features [M, feature size], logits [T, vocab] (row 0 from the prompt alone,
+    row t after tokens[:t] were fed), key and value [S+T-1, kv_heads, head_dim] of the last decoder layer, key after
+    rope.
     """
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Mapping[str, Array]]
 
 
-_INPUTS = ("input_ids", "pixel_values", "image_index", "position_ids", "tokens")
+_INPUTS = ("input_ids", "pixel_values", "image_sizes", "image_index", "position_ids", "tokens")
 _OUTPUTS = ("image_features", "logits", "key", "value")
 
 
@@ -131,7 +133,7 @@ def write_goldens(path: Path, goldens: Iterable[Golden]) -> None:
     arrays: dict[str, Array] = {}
     count = 0
     for i, golden in enumerate(goldens):
-        arrays.update({f"{i}.{key}": array for key, array in golden.inputs.items()})
+        arrays.update({f"{i}.{key}": golden.inputs[key] for key in _INPUTS})
         for side in ("float", "quant"):
             arrays.update({f"{i}.{side}.{key}": golden.outputs[side][key] for key in _OUTPUTS})
         count += 1
@@ -149,7 +151,7 @@ def read_goldens(path: Path) -> list[Golden]:
         with path.open("rb") as handle, np.load(handle, allow_pickle=False) as file:
             return [
                 Golden(
-                    {key: file[f"{i}.{key}"] for key in _input_keys(file, i)},
+                    {key: file[f"{i}.{key}"] for key in _INPUTS},
                     {
                         side: {key: file[f"{i}.{side}.{key}"] for key in _OUTPUTS}
                         for side in ("float", "quant")
@@ -159,12 +161,6 @@ def read_goldens(path: Path) -> list[Golden]:
             ]
     except (OSError, KeyError, ValueError, EOFError, BadZipFile) as error:
         raise CheckpointError(f"{path}: goldens not readable ({error}). Quantize again.") from error
-
-
-def _input_keys(file: Mapping[str, Array], number: int) -> set[str]:
-    """The inputs of one golden; those that every model has are among them, stored or not."""
-    keys = (key.split(".") for key in file)
-    return {*_INPUTS, *(key[1] for key in keys if key[0] == str(number) and len(key) == 2)}
 
 
 class CheckpointWriter:

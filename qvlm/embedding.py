@@ -6,7 +6,8 @@ bits a third of the bytes. They are rounded once, before the components, so that
 * Token table (nn.Embedding [vocab, hidden], format w8a16): each row is looked up, never summed over, so there is no
   error to trade between weights; each row gets its own scale and is rounded to nearest.
 * Patch projection (nn.Conv2d whose stride is its kernel, or nn.Conv3d that reads one patch a row, format w4a16 or
-  w4a16-g64): a linear [out, numbers of a patch] over non-overlapping patches, solved by GPTQ (``methods.gptq``) with H from the samples' own patches.
+  w4a16-g64): a linear [out, numbers of a patch] over non-overlapping patches, solved by GPTQ (``methods.gptq``) with H
+  from the samples' own patches.
   Neighbouring pixels are alike, so H is far from diagonal and the column-by-column correction matters most here.
 
 Cost: one product [in, in] over all patches, one sweep. Torch simulation: the weight itself is replaced, because

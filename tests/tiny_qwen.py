@@ -77,8 +77,8 @@ def tiny_config(family: str, **changes: Any) -> Any:
     elif family == "qwen2_5_vl":
         vision |= {"window_size": 4 * PATCH, "fullatt_block_indexes": [1]}
     else:
-        text["head_dim"] = 80
-        text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [14, 13, 13]}
+        text["head_dim"] = 128
+        text["rope_parameters"] |= {"mrope_interleaved": True, "mrope_section": [25, 20, 19]}
         vision |= {"num_position_embeddings": 49, "deepstack_visual_indexes": [0, 2]}
     rest: dict[str, Any] = {}
     for key, value in changes.items():

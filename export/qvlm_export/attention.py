@@ -80,9 +80,7 @@ def causal_attention(
     return kind(b, heads, rotary, positions)
 
 
-def rotate(
-    b: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, head_dim: int
-) -> ir.Value:
+def rotate(b: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, head_dim: int) -> ir.Value:
     """x [1, S, heads, D] rotated by cos and sin [1, S, 1, D/2], half form, in primitives."""
     half = head_dim // 2
     first = b.op("Slice", x, b.i64(0), b.i64(half), b.i64(-1))

@@ -136,9 +136,7 @@ def rope_frequencies(parameters: Mapping[str, Any], head_dim: int, where: str) -
     raise ExportError(f"{where}: rope_type {kind!r}, expected default, linear or llama3")
 
 
-def rope_axes(
-    parameters: Mapping[str, Any], head_dim: int, where: str
-) -> tuple[int, ...] | None:
+def rope_axes(parameters: Mapping[str, Any], head_dim: int, where: str) -> tuple[int, ...] | None:
     """M-RoPE (Wang et al. 2024, Qwen2-VL): which of the position's axes (0 time, 1 row, 2 column)
     each of the D/2 frequencies turns with; None without ``mrope_section``.
 

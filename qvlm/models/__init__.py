@@ -8,5 +8,6 @@ from qvlm.models.adapter import Adapter
 __all__ = ["ADAPTERS", "Adapter"]
 
 ADAPTERS: dict[str, Adapter] = {
-    adapter.model_type: adapter for adapter in (llava.ADAPTER, qwen_vl.QWEN2, qwen_vl.QWEN2_5)
+    adapter.model_type: adapter
+    for adapter in (llava.ADAPTER, qwen_vl.QWEN2, qwen_vl.QWEN2_5, qwen_vl.QWEN3)
 }

@@ -49,6 +49,7 @@ ADAPTER = Adapter(
     projector="model.multi_modal_projector",
     text_layers="model.language_model.layers",
     head="lm_head",
+    pixels="model.vision_tower",
     image_token_id=_image_token_id,
     image_tokens=_image_tokens,
     live_vision_layers=_live_vision_layers,

@@ -12,6 +12,7 @@ from qvlm.models.adapter import Adapter, Residual, ScalePair
 
 _TEXT = "model.language_model"
 _VISION = "model.visual"
+_MERGERS = f"{_VISION}.deepstack_merger_list"
 _QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 _TEXT_PAIRS = (
     ScalePair("text", "input_layernorm", _QKV, "self_attn"),
@@ -25,6 +26,7 @@ _FUSED_VALUES = "its values come out of one linear with queries and keys, whose 
 _JOINED_PATCHES = (
     "reads several patches side by side, and the norm before has one gain for each of them"
 )
+_OWN_NORM = "a scale pair folds in one layer only, and every merger is one with other inputs"
 
 
 def _image_token_id(config: Any) -> int:
@@ -50,7 +52,11 @@ def _head_dim(config: Any, component: str) -> int:
 
 
 def _adapter(
-    model_type: str, mlp: tuple[ScalePair, ...], merger: tuple[str, str], mlp_last: str
+    model_type: str,
+    mlp: tuple[ScalePair, ...],
+    merger: tuple[str, str],
+    mlp_last: str,
+    deepstack: bool = False,
 ) -> Adapter:
     """``merger``: its two linears; ``mlp_last``: of a vision MLP, if it reads an activation."""
     first, second = (f"{_VISION}.merger.{name}" for name in merger)
@@ -61,25 +67,33 @@ def _adapter(
     }
     if mlp_last:
         unfolded[f"{_VISION}.blocks.*.mlp.{mlp_last}"] = _BEHIND_ACTIVATION
+    residual: Residual | None = Residual(
+        embedding=f"{_TEXT}.embed_tokens",
+        entries=(second,),
+        writers=("self_attn.o_proj", "mlp.down_proj"),
+    )
+    if deepstack:
+        unfolded[f"{_MERGERS}.*.{merger[0]}"] = _OWN_NORM
+        unfolded[f"{_MERGERS}.*.{merger[1]}"] = _BEHIND_ACTIVATION
+        residual = None  # how many mergers enter the stream differs by checkpoint
     return Adapter(
         model_type=model_type,
         vision_layers=f"{_VISION}.blocks",
         projector=f"{_VISION}.merger",
         text_layers=f"{_TEXT}.layers",
         head="lm_head",
+        pixels=f"{_VISION}.patch_embed",
         image_token_id=_image_token_id,
         image_tokens=_image_tokens,
         live_vision_layers=_layers,
         head_dim=_head_dim,
         scale_pairs=(ScalePair("vision", "norm1", ("attn.qkv",), "attn"), *mlp, *_TEXT_PAIRS),
         unfolded=unfolded,
-        residual=Residual(
-            embedding=f"{_TEXT}.embed_tokens",
-            entries=(second,),
-            writers=("self_attn.o_proj", "mlp.down_proj"),
-        ),
+        residual=residual,
         embeddings=(f"{_TEXT}.embed_tokens", f"{_VISION}.patch_embed.proj"),
         remembered=("model.rope_deltas",),
+        projectors=_MERGERS if deepstack else "",
+        deepstack="deepstack_visual_embeds" if deepstack else "",
     )
 
 
@@ -94,4 +108,11 @@ QWEN2_5 = _adapter(
     ),
     ("mlp.0", "mlp.2"),
     "",
+)
+QWEN3 = _adapter(
+    "qwen3_vl",
+    (ScalePair("vision", "norm2", ("mlp.linear_fc1",), "mlp"),),
+    ("linear_fc1", "linear_fc2"),
+    "linear_fc2",
+    deepstack=True,
 )

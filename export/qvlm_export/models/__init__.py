@@ -6,9 +6,7 @@ from qvlm_export.models.family import Family
 from qvlm_export.models.llava import LLAVA
 from qvlm_export.models.qwen_vl import QWEN_VL
 
-BUILDERS: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA, *QWEN_VL.values())
-}
+BUILDERS: dict[str, Family] = {family.model_type: family for family in (LLAVA, *QWEN_VL.values())}
 
 
 def builder_for(checkpoint: Checkpoint) -> Family:

@@ -123,9 +123,7 @@ def _learned_positions(b: GraphBuilder, c: QwenVitConfig, name: str) -> ir.Value
     return b.op("ReduceSum", weighted, b.i64(0), keepdims=0)
 
 
-def _reordered(
-    b: GraphBuilder, x: ir.Value, order: ir.Value, block: int, width: int
-) -> ir.Value:
+def _reordered(b: GraphBuilder, x: ir.Value, order: ir.Value, block: int, width: int) -> ir.Value:
     """x [P, width] or [1, P, width] with its blocks of ``block`` rows in this order, [P, width]."""
     blocks = b.op("Reshape", x, b.i64(-1, block * width))
     return b.op("Reshape", b.op("Gather", blocks, order, axis=0), b.i64(-1, width))
