@@ -23,12 +23,13 @@ from qvlm_export.models.vit import VitConfig, final_norm, hidden_states
 from qvlm_export.ops import INT64_MAX, activation, layer_norm
 from qvlm_export.processor import (
     eos_token_ids,
-    image_settings,
     template_tokens,
     token_text,
+    whole_image,
 )
 from qvlm_export.qdq import linear
-from qvlm_runtime.manifest import ImageSpec, ModelSpec
+from qvlm_runtime.image_spec import ImageSpec
+from qvlm_runtime.manifest import ModelSpec
 
 # transformers' defaults of the decoders, as far as they differ from Llama's.
 _DECODERS: dict[str, dict[str, Any]] = {
@@ -219,15 +220,16 @@ def _model_spec(tiles: Tiles, checkpoint: Checkpoint, context: int) -> ModelSpec
         eos_token_ids=eos_token_ids(checkpoint),
         image_token=token_text(checkpoint, c.image_token_id),
         image_token_id=c.image_token_id,
-        tokens_per_image=c.rows_per_tile,
+        feature_size=c.text.hidden_size,
         template_tokens=template_tokens(checkpoint),
     )
 
 
 def _image_spec(tiles: Tiles, checkpoint: Checkpoint) -> ImageSpec:
     """The processor's settings; ExportError unless they give the tower's tile size."""
-    size = TilesConfig.of(tiles, checkpoint).vision.image_size
-    return image_settings(checkpoint, (size, size))
+    c = TilesConfig.of(tiles, checkpoint)
+    size = c.vision.image_size
+    return whole_image(checkpoint, (size, size), c.rows_per_tile)
 
 
 def tiles_family(tiles: Tiles) -> Family:
