@@ -77,7 +77,7 @@ def _float_pass(block: Block) -> tuple[list[Tensor], list[Json]]:
     outputs = []
     for sample, hidden in enumerate(block.float_inputs):
         for index in range(block.start, block.stop):
-            for kind, mask in _kinds(block, sample).items():
+            for kind, mask in _kinds(block, sample, hidden).items():
                 largest = hidden[mask].abs().amax(0)
                 row = maxima[index - block.start]
                 row[kind] = torch.maximum(row[kind], largest) if kind in row else largest
@@ -102,9 +102,11 @@ def _range(largest: Tensor) -> Json:
     }
 
 
-def _kinds(block: Block, sample: int) -> dict[str, Tensor]:
-    """The masks of those kinds of token that the sample has."""
+def _kinds(block: Block, sample: int, hidden: Tensor) -> dict[str, Tensor]:
+    """The masks [..., tokens] of a hidden state for those kinds of token that the sample has."""
     image = block.image_masks[sample]
+    if block.component == "projector":  # may join tokens: fewer leave it than enter
+        image = torch.ones(hidden.shape[:-1], dtype=torch.bool)
     return {k: mask for k, mask in (("image", image), ("text", ~image)) if bool(mask.any())}
 
 
@@ -116,7 +118,7 @@ def _error(
     with simulated:
         for sample, hidden in enumerate(block.quant_inputs):
             found, expected = block.run(hidden, sample), floats[sample]
-            for kind, mask in _kinds(block, sample).items():
+            for kind, mask in _kinds(block, sample, expected).items():
                 reference = expected[mask].double()
                 difference = found[mask].double() - reference
                 error[kind] = error.get(kind, 0.0) + float(difference.square().sum())

@@ -23,9 +23,11 @@ from qvlm.models.adapter import Adapter
 class Sample:
     """One prompt with its images and (teacher-forced) answer, as the model takes it.
 
-    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 [N, 3, H, W] or
-    None without images; image_mask bool [S], True on image tokens; answer_mask bool [S], True on tokens of the answer
-    (the logits at t-1 predict the token at t); others: further keyword arguments of the model's forward.
+    input_ids int64 [1, S] with the image token repeated once per image feature; pixel_values float32 as the family's
+    processor gives them ([N, 3, H, W], or a row per patch), None without images; image_mask bool [S], True on image
+    tokens; answer_mask bool [S], True on tokens of the answer (the logits at t-1 predict the token at t); others:
+    further keyword arguments of the model's forward; image_sizes: height and width of each picture, before any
+    processing.
     """
 
     input_ids: Tensor
@@ -33,6 +35,7 @@ class Sample:
     image_mask: Tensor
     answer_mask: Tensor
     others: Mapping[str, Any] = field(default_factory=dict)
+    image_sizes: tuple[tuple[int, int], ...] = ()
 
     def model_inputs(self) -> dict[str, Any]:
         """Keyword arguments of the model's forward (without a cache)."""
@@ -66,6 +69,7 @@ def build_sample(
         ids[0] == image_token_id,
         answer_mask,
         {key: value for key, value in asked.items() if key not in known},
+        tuple((image.height, image.width) for image in images),
     )
 
 
@@ -93,8 +97,12 @@ class Stream:
 
     names and layers: full module name and module of each layer. For each sample i that reaches the component:
     samples[i] is its index in the calibration list, inputs[i] the hidden state entering layer 0 ([1, S, hidden] for
-    text, [N, tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden state, image_masks[i]
-    bool of inputs[i].shape[:-1] (all True in vision and projector).
+    text, [N, tokens, hidden] or [tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden
+    state, image_masks[i] bool of the shape [..., tokens] that the linears see (all True in vision and projector).
+
+    additions[i]: layer -> what the model adds to the hidden state in front of that layer; from the float model, also
+    where a quantized stream runs. entries: empty where each layer reads what left the one before; otherwise the layers
+    stand side by side, and entries[k][i] is what enters layer k.
 
     Text only: answer_masks[i] bool of inputs[i].shape[:-1], True where the logits predict a token of the answer;
     ``logits`` turns the hidden state that leaves the last layer, any tokens of it, into logits.
@@ -107,6 +115,8 @@ class Stream:
     inputs: list[Tensor]
     arguments: list[list[tuple[tuple[Any, ...], dict[str, Any]]]]
     image_masks: list[Tensor]
+    additions: list[dict[int, Tensor]] = field(default_factory=list)
+    entries: list[list[Tensor]] = field(default_factory=list)
     answer_masks: list[Tensor] = field(default_factory=list)
     logits: Callable[[Tensor], Tensor] | None = None
 
@@ -118,9 +128,15 @@ class Stream:
                 "part) or keep it in float."
             )
 
+    def entering(self, index: int, hidden: list[Tensor]) -> list[Tensor]:
+        """What enters layer ``index`` of the float model for each sample, ``hidden`` having left the layer before."""
+        return self.entries[index] if self.entries else hidden
+
     def forward(self, index: int, hidden: Tensor, sample: int) -> Tensor:
         """Layer ``index`` on a hidden state of sample ``sample`` (its position in this stream)."""
         args, kwargs = self.arguments[sample][index]
+        if index in self.additions[sample]:
+            hidden = hidden + self.additions[sample][index]
         with image_tokens(self.image_masks[sample]):
             output = self.layers[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
@@ -146,35 +162,60 @@ def capture_stream(
     stream = Stream(component, names, layers, (), [], [], [])
     if component == "text":
         stream.logits = _tail(model, adapter)
+    apart = component == "projector" and len(layers) > 1
+    stream.entries = [[] for _ in layers] if apart else []
     for number, sample in enumerate(samples):
-        seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-        first: list[Tensor] = []
-
-        def record(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = seen,
-            first: list[Tensor] = first,
-        ) -> None:
-            hidden, rest, keywords = _split(args, kwargs)
-            if not first:
-                first.append(hidden.detach().clone())
-            seen.append((rest, keywords))
-            if len(seen) == len(layers):
-                raise _Stop
-
-        _run_hooked(model, sample, dict.fromkeys(layers, record))
-        if first:
-            stream.samples = (*stream.samples, number)
-            stream.inputs.append(first[0])
-            stream.arguments.append(seen)
-            stream.image_masks.append(_image_mask(component, sample, first[0]))
-            if component == "text":
-                predicts = torch.zeros(first[0].shape[:-1], dtype=torch.bool)
-                predicts[..., :-1] = sample.answer_mask[1:]
-                stream.answer_masks.append(predicts)
+        seen = _Seen(len(layers))
+        _run_hooked(
+            model, sample, dict.fromkeys(layers, seen.enter), dict.fromkeys(layers, seen.leave)
+        )
+        if not seen.inputs:
+            continue
+        stream.samples = (*stream.samples, number)
+        stream.inputs.append(seen.inputs[0])
+        stream.arguments.append(seen.arguments)
+        stream.additions.append({} if apart else seen.additions())
+        for index, entries in enumerate(stream.entries):
+            entries.append(seen.inputs[index])
+        stream.image_masks.append(_image_mask(stream, sample))
+        if component == "text":
+            predicts = torch.zeros(seen.inputs[0].shape[:-1], dtype=torch.bool)
+            predicts[..., :-1] = sample.answer_mask[1:]
+            stream.answer_masks.append(predicts)
     return stream
+
+
+class _Seen:
+    """What enters each of ``count`` layers in one forward, up to the last; hidden states only where they differ from
+    what left the layer before.
+    """
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.arguments: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+        self.inputs: dict[int, Tensor] = {}
+        self.outputs: dict[int, Tensor] = {}
+        self.last: Tensor | None = None
+
+    def enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Before a layer."""
+        hidden, rest, keywords = _split(args, kwargs)
+        index = len(self.arguments)
+        self.arguments.append((rest, keywords))
+        if hidden is not self.last:
+            self.inputs[index] = hidden.detach().clone()
+            if self.last is not None:
+                self.outputs[index] = self.last.detach().clone()
+        if len(self.arguments) == self.count:
+            raise _Stop
+
+    def leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        """Behind a layer."""
+        self.last = output[0] if isinstance(output, tuple) else output
+
+    def additions(self) -> dict[int, Tensor]:
+        """Layer -> what was added in front of it."""
+        return {index: self.inputs[index] - before for index, before in self.outputs.items()}
 
 
 def _tail(model: nn.Module, adapter: Adapter) -> Callable[[Tensor], Tensor]:
@@ -233,17 +274,44 @@ def _split(
     return keywords.pop("hidden_states"), (), keywords
 
 
-def _image_mask(component: str, sample: Sample, hidden: Tensor) -> Tensor:
-    if component in ("text", "head"):
+def _image_mask(stream: Stream, sample: Sample) -> Tensor:
+    """The mask of the stream's last sample."""
+    hidden = stream.inputs[-1]
+    if stream.component in ("text", "head"):
         return sample.image_mask.expand(hidden.shape[:-1])
-    return torch.ones(hidden.shape[:-1], dtype=torch.bool)
+    if stream.component == "vision":
+        return torch.ones(hidden.shape[:-1], dtype=torch.bool)
+    # A projector may join tokens before its linears.
+    seen: list[tuple[int, ...]] = []
 
+    def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        seen.append(args[0].shape[:-1])
+        raise _Stop
 
-def _run_hooked(model: nn.Module, sample: Sample, hooks: Mapping[nn.Module, Any]) -> None:
+    args, kwargs = stream.arguments[-1][0]
     with ExitStack() as stack, torch.no_grad():
-        for module, hook in hooks.items():
+        for module in stream.layers[0].modules():
+            if isinstance(module, nn.Linear):
+                stack.callback(module.register_forward_pre_hook(record).remove)
+        try:
+            stream.layers[0](hidden, *args, **kwargs)
+        except _Stop:
+            return torch.ones(seen[0], dtype=torch.bool)
+    raise RuntimeError(f"{stream.names[0]}: the projector did not call a linear")
+
+
+def _run_hooked(
+    model: nn.Module,
+    sample: Sample,
+    before: Mapping[nn.Module, Any],
+    behind: Mapping[nn.Module, Any] | None = None,
+) -> None:
+    with ExitStack() as stack, torch.no_grad():
+        for module, hook in before.items():
             handle = module.register_forward_pre_hook(hook, with_kwargs=True)
             stack.callback(handle.remove)
+        for module, hook in (behind or {}).items():
+            stack.callback(module.register_forward_hook(hook).remove)
         try:
             model(**sample.model_inputs())
         except _Stop:

@@ -111,17 +111,20 @@ class Golden:
 
     Both are teacher-forced on the float model's greedy tokens.
 
-    input_ids [S] (image token repeated once per image token), pixel_values [N, 3, H, W] float32, image_index [S]
-    (row of image_features that replaces the token's embedding, -1 for text), position_ids [S], tokens [T].
-    For each of "float" and "quant": image_features [M, hidden], logits [T, vocab] (row 0 from the prompt alone, row t
-    after tokens[:t] were fed), key and value [S+T-1, kv_heads, head_dim] of the last decoder layer, key after rope.
+    input_ids [S] (image token repeated once per image token), pixel_values float32 (all that the tower saw: tiles
+    [N, 3, H, W], or a row per patch), image_sizes [images, 2] (height and width of each picture), image_index [S] (row
+    of image_features that replaces the token's embedding, -1 for text), position_ids [S], or [3, S] with M-RoPE,
+    tokens [T].
+    For each of "float" and "quant": image_features [M, feature size], logits [T, vocab] (row 0 from the prompt alone,
+    row t after tokens[:t] were fed), key and value [S+T-1, kv_heads, head_dim] of the last decoder layer, key after
+    rope.
     """
 
     inputs: Mapping[str, Array]
     outputs: Mapping[str, Mapping[str, Array]]
 
 
-_INPUTS = ("input_ids", "pixel_values", "image_index", "position_ids", "tokens")
+_INPUTS = ("input_ids", "pixel_values", "image_sizes", "image_index", "position_ids", "tokens")
 _OUTPUTS = ("image_features", "logits", "key", "value")
 
 

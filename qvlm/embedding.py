@@ -5,8 +5,9 @@ bits a third of the bytes. They are rounded once, before the components, so that
 
 * Token table (nn.Embedding [vocab, hidden], format w8a16): each row is looked up, never summed over, so there is no
   error to trade between weights; each row gets its own scale and is rounded to nearest.
-* Patch projection (nn.Conv2d whose stride is its kernel, format w4a16 or w4a16-g64): a linear [out, channels * height *
-  width] over non-overlapping patches, solved by GPTQ (``methods.gptq``) with H from the samples' own patches.
+* Patch projection (nn.Conv2d whose stride is its kernel, or nn.Conv3d that reads one patch a row, format w4a16 or
+  w4a16-g64): a linear [out, numbers of a patch] over non-overlapping patches, solved by GPTQ (``methods.gptq``) with H
+  from the samples' own patches.
   Neighbouring pixels are alike, so H is far from diagonal and the column-by-column correction matters most here.
 
 Cost: one product [in, in] over all patches, one sweep. Torch simulation: the weight itself is replaced, because
@@ -78,11 +79,13 @@ def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> dict[str, For
     return formats
 
 
-def patches(module: nn.Conv2d, sample: Sample) -> Tensor:
-    """The inputs [tokens, channels * height * width] of a patch projection on one sample."""
+def patches(module: nn.Conv2d | nn.Conv3d, sample: Sample) -> Tensor:
+    """The inputs [tokens, numbers of a patch] of a patch projection on one sample."""
     assert sample.pixel_values is not None
+    if isinstance(module, nn.Conv3d):
+        return sample.pixel_values.reshape(-1, shape(module)[1])
     kernel = (int(module.kernel_size[0]), int(module.kernel_size[1]))
-    unfolded = F.unfold(sample.pixel_values, kernel, stride=kernel)
+    unfolded = F.unfold(sample.pixel_values.flatten(0, -4), kernel, stride=kernel)
     return unfolded.transpose(1, 2).reshape(-1, unfolded.shape[1])
 
 
@@ -96,7 +99,7 @@ def quantize(
     found = {}
     for name, format_ in formats.items():
         module = model.get_submodule(name)
-        if isinstance(module, nn.Conv2d):
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
             found[name] = _patch_projection(name, module, format_, samples)
         else:
             weight = module.weight
@@ -106,7 +109,7 @@ def quantize(
 
 
 def _patch_projection(
-    name: str, module: nn.Conv2d, format_: Format, samples: Sequence[Sample]
+    name: str, module: nn.Conv2d | nn.Conv3d, format_: Format, samples: Sequence[Sample]
 ) -> QuantizedLinear:
     assert format_.weights is not None
     seen = [sample for sample in samples if sample.pixel_values is not None]

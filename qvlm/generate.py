@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from qvlm.capture import Sample
 from qvlm.checkpoint import Array
+from qvlm.models import ADAPTERS
 from qvlm.models.adapter import Adapter
 
 
@@ -41,6 +42,7 @@ def decode(
     """
     from transformers import DynamicCache
 
+    ADAPTERS[str(model.config.model_type)].forget(model)  # type: ignore[union-attr]
     cache = DynamicCache(config=model.config.get_text_config())  # type: ignore[union-attr, operator]
     feed = {**inputs, "use_cache": True, "past_key_values": cache, "logits_to_keep": 1}
     tokens: list[Tensor] = []
@@ -94,34 +96,44 @@ def golden_side(
 
     Decoding goes on past the end token, so that ``steps`` cached steps are compared whatever the answer's length.
     """
-    features: list[Tensor] = []
+    pixels: list[Tensor] = []
+    entered: list[dict[str, Any]] = []
     positions: list[Tensor] = []
 
-    def projected(module: nn.Module, args: Any, output: Tensor) -> None:
-        features.append(output.reshape(-1, output.shape[-1]))
+    def seen(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        pixels.append(args[0])
 
-    def entered(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
-        if not positions:
+    def enter(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
+        entered.append(kwargs)
+        # Some decoders are given the positions of their rows, others count them for their layers.
+        if not positions and isinstance(kwargs.get("position_ids"), Tensor):
             positions.append(kwargs["position_ids"])
 
+    decoder = model.get_submodule(adapter.text_layers.rpartition(".")[0])
     first = model.get_submodule(adapter.layer_names(model, "text")[0])
     with ExitStack() as stack:
-        hook = model.get_submodule(adapter.projector).register_forward_hook(projected)
+        hook = model.get_submodule(adapter.pixels).register_forward_pre_hook(seen)
         stack.callback(hook.remove)
-        stack.callback(first.register_forward_pre_hook(entered, with_kwargs=True).remove)
+        for module in (decoder, first):
+            stack.callback(module.register_forward_pre_hook(enter, with_kwargs=True).remove)
         result = decode(model, sample.model_inputs(), steps, forced=forced, keep_logits=True)
-    assert result.logits is not None and sample.pixel_values is not None
+    assert result.logits is not None
     mask = sample.image_mask.numpy()
+    rows = positions[0].reshape(-1, len(mask)).numpy()
     inputs: dict[str, Array] = {
         "input_ids": sample.input_ids[0].numpy(),
-        "pixel_values": sample.pixel_values.numpy(),
+        "pixel_values": torch.cat(pixels).numpy(),
+        "image_sizes": np.array(sample.image_sizes, np.int64).reshape(-1, 2),
         "image_index": np.where(mask, np.cumsum(mask) - 1, -1).astype(np.int64),
-        "position_ids": positions[0].reshape(-1, sample.input_ids.shape[1])[0].numpy(),
+        "position_ids": rows[0] if len(rows) == 1 else rows,
         "tokens": result.tokens[0].numpy(),
     }
+    # Image tokens enter the decoder as rows of features, whatever a family did with the projector's.
+    parts = [entered[0]["inputs_embeds"][0, sample.image_mask]]
+    parts += entered[0].get(adapter.deepstack) or []
     last = result.cache.layers[-1]
     outputs: dict[str, Array] = {
-        "image_features": features[0].float().numpy(),
+        "image_features": torch.cat(parts, -1).float().numpy(),
         "logits": result.logits[0].numpy(),
         "key": last.keys[0].transpose(0, 1).contiguous().numpy(),
         "value": last.values[0].transpose(0, 1).contiguous().numpy(),

@@ -54,11 +54,11 @@ class Job:
         }
         return Job(self.context, model, streams)
 
-    def entering(self, component: str) -> list[Tensor]:
-        """The quantized stream that enters a component."""
+    def entering(self, component: str, layer: int = 0) -> list[Tensor]:
+        """The quantized stream that enters a component, or one of its layers that stand side by side."""
         stream = self.streams[component]
         samples = [self.context.samples[i] for i in stream.samples]
-        return capture_inputs(self.model, stream.layers[0], samples)
+        return capture_inputs(self.model, stream.layers[layer], samples)
 
     def block(
         self, component: str, start: int, stop: int, floats: list[Tensor], quants: list[Tensor]
@@ -81,6 +81,8 @@ class Job:
         stream = self.streams[component]
         floats, quants = stream.inputs, self.entering(component)
         for start, stop in method.partition(stream, self.context.recipe, state):
+            if stream.entries and start:
+                floats, quants = stream.entries[start], self.entering(component, start)
             block = self.block(component, start, stop, floats, quants)
             linears = method.quantize_block(block, self.context.recipe, state).linears
             floats = propagate(block, floats)

@@ -314,11 +314,15 @@ class _Run:
             _check_partition(blocks, len(stream.layers), self.recipe.method)
             work.save_partition(component, blocks)
         # Only samples with images reach vision; text samples are all of them.
-        quant = capture_inputs(self.model, stream.layers[0], [samples[i] for i in stream.samples])
+        reaching = [samples[i] for i in stream.samples]
+        quant = capture_inputs(self.model, stream.layers[0], reaching)
         floats = stream.inputs
         rows = []
         for start, stop in blocks:
             self.progress(component, start, len(stream.layers))
+            if stream.entries and start:
+                floats = stream.entries[start]
+                quant = capture_inputs(self.model, stream.layers[start], reaching)
             block = self._block(stream, start, stop, floats, quant)
             linears, report = self._quantize_block(block, state, work)
             last = stop == len(stream.layers)

@@ -199,6 +199,7 @@ class _Measurement:
         stream = self.job.streams[component]
         method, hidden = METHODS[self.case.recipe.method], stream.inputs
         for index, name in enumerate(stream.names):
+            hidden = stream.entering(index, hidden)
             for format_name in mine[name].formats if name in mine else ():
                 key = _key("layer", component, name, format_name)
                 if self.results.find(key) is not None:

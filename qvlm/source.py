@@ -244,17 +244,49 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
 
 
 def load_processor(directory: Path) -> Any:
-    """Tokenizer and image processor of a directory; CheckpointError if transformers cannot make them."""
-    from transformers import AutoProcessor
+    """Tokenizer and image processor of a directory; CheckpointError if transformers cannot make them.
+
+    A processor's video part is left out: it is made of torchvision, and no video is read here.
+    """
+    from transformers import AutoConfig, AutoProcessor
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
     auto: Any = AutoProcessor
     with _quiet():
         try:
+            config = AutoConfig.from_pretrained(directory, local_files_only=True)
+            known: Any = PROCESSOR_MAPPING.get(type(config), None)
+            if known is not None and "video_processor" in known.get_attributes():
+                auto = _without_video(known)
             return auto.from_pretrained(directory, local_files_only=True, backend="pil")
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
                 f"{directory}: tokenizer or image processor not loadable ({_first_line(error)})"
             ) from error
+
+
+def _without_video(processor: Any) -> Any:
+    """A processor class whose ``video_processor`` is None."""
+    from transformers import AutoImageProcessor, AutoTokenizer
+
+    makers: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
+
+    class Pictures(processor):  # type: ignore[misc]
+        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
+            if argument_name == "video_processor":
+                return None
+            return super().check_argument_for_proper_class(argument_name, argument)
+
+        @classmethod
+        def _get_arguments_from_pretrained(
+            cls, directory: Any, processor_dict: Any = None, **kwargs: Any
+        ) -> list[Any]:
+            return [
+                makers[name].from_pretrained(directory, **kwargs) if name in makers else None
+                for name in cls.get_attributes()
+            ]
+
+    return Pictures
 
 
 def build_model(directory: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:

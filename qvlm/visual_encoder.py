@@ -185,7 +185,7 @@ class Model:
 
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self.model = model
-        self.projector = model.get_submodule(adapter.layer_names(model, "projector")[0])
+        self.projector = model.get_submodule(adapter.projector)
         self.layers = [model.get_submodule(n) for n in adapter.layer_names(model, "text")]
 
     def run(self, sample: Sample, leaf: bool = False) -> Seen:

@@ -203,6 +203,7 @@ def golden(
     inputs = {
         "input_ids": np.array(ids, np.int64),
         "pixel_values": pixels.numpy(),
+        "image_sizes": np.full((len(pixels), 2), pixels.shape[-1], np.int64),
         "image_index": np.where(np.array(ids) == IMAGE_TOKEN, index, -1).astype(np.int64),
         "position_ids": np.arange(len(ids), dtype=np.int64),
         "tokens": np.array(tokens, np.int64),

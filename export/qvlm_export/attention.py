@@ -36,6 +36,34 @@ class HeadShape:
         return self.heads // self.kv_heads
 
 
+@dataclass(frozen=True)
+class Rotary:
+    """Rotary positions of a decoder's rows.
+
+    cos and sin: ``ops.rope_tables`` [positions, D/2]. position_ids: int64 [1, S], or [3, S] with
+    M-RoPE, where frequency i takes its position from row axes[i].
+    """
+
+    cos: ir.Value
+    sin: ir.Value
+    position_ids: ir.Value
+    axes: tuple[int, ...] | None = None
+
+    def factors(self, b: GraphBuilder) -> tuple[ir.Value, ir.Value]:
+        """cos and sin of each row, each [1, S, 1, D/2]."""
+        if self.axes is None:
+            ids = b.op("Unsqueeze", self.position_ids, b.i64(2))
+            cos, sin = (b.op("Gather", table, ids, axis=0) for table in (self.cos, self.sin))
+            return cos, sin
+        # One position per frequency, [S, D/2]: one gather of elements instead of three of rows.
+        ids = b.op("Transpose", b.op("Gather", self.position_ids, b.i64(*self.axes), axis=0))
+        cos, sin = (
+            b.op("Unsqueeze", b.op("GatherElements", table, ids, axis=0), b.i64(0, 2))
+            for table in (self.cos, self.sin)
+        )
+        return cos, sin
+
+
 class CausalAttention(Protocol):
     """One instance per decoder graph; ``layer`` once per decoder layer."""
 
@@ -44,38 +72,62 @@ class CausalAttention(Protocol):
 
 
 def causal_attention(
-    b: GraphBuilder,
-    heads: HeadShape,
-    tables: tuple[ir.Value, ir.Value],
-    position_ids: ir.Value,
-    positions: int,
+    b: GraphBuilder, heads: HeadShape, rotary: Rotary, positions: int
 ) -> CausalAttention:
-    """The target's cache form; declares its inputs. ``tables`` are ``ops.rope_tables`` of
-    ``positions`` rows.
-    """
+    """The target's cache form, for up to ``positions`` rows; declares its inputs."""
     if b.target.attention_operator:
-        return StaticAttention(b, heads, tables, position_ids, positions)
+        return StaticAttention(b, heads, rotary, positions)
     kinds: dict[CacheForm, type[ScatterAttention | GrownAttention | AppendAttention]] = {
         "scatter": ScatterAttention,
         "grown": GrownAttention,
         "append": AppendAttention,
     }
-    return kinds[b.target.cache](b, heads, tables, position_ids, positions)
+    return kinds[b.target.cache](b, heads, rotary, positions)
+
+
+def rotate(b: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, head_dim: int) -> ir.Value:
+    """x [1, S, heads, D] rotated by cos and sin [1, S, 1, D/2], half form, in primitives."""
+    half = head_dim // 2
+    first = b.op("Slice", x, b.i64(0), b.i64(half), b.i64(-1))
+    second = b.op("Slice", x, b.i64(half), b.i64(head_dim), b.i64(-1))
+    low = b.op("Sub", b.op("Mul", first, cos), b.op("Mul", second, sin))
+    high = b.op("Add", b.op("Mul", second, cos), b.op("Mul", first, sin))
+    return b.op("Concat", low, high, axis=-1)
 
 
 def full_attention(
-    b: GraphBuilder, q: ir.Value, k: ir.Value, v: ir.Value, head_dim: int
+    b: GraphBuilder,
+    q: ir.Value,
+    k: ir.Value,
+    v: ir.Value,
+    head_dim: int,
+    mask: ir.Value | None = None,
 ) -> ir.Value:
-    """Unmasked attention, all [N, S, heads, D]: the pattern that becomes one fused kernel."""
+    """Attention of all rows to all, all [N, S, heads, D]: the pattern that becomes one fused kernel.
+
+    mask: added to the scores, broadcast to [N, heads, S, S].
+    """
     scaled = b.op("Mul", heads_first(b, q), b.scalar(head_dim**-0.5))
     keys = b.op("Transpose", heads_first(b, k), perm=[0, 1, 3, 2])
-    weights = b.op("Softmax", b.op("MatMul", scaled, keys), axis=-1)
+    scores = b.op("MatMul", scaled, keys)
+    if mask is not None:
+        scores = b.op("Add", scores, mask)
+    weights = b.op("Softmax", scores, axis=-1)
     return heads_first(b, b.op("MatMul", weights, heads_first(b, v)))
 
 
 def _turned(b: GraphBuilder, x: ir.Value) -> ir.Value:
     """The last two axes exchanged."""
     return b.op("Transpose", x, perm=[0, 1, 3, 2])
+
+
+def segment_mask(b: GraphBuilder, segments: ir.Value) -> ir.Value:
+    """[1, 1, S, S] for ``full_attention``: rows see those of their own segment; segments int64
+    [S].
+    """
+    column = b.op("Unsqueeze", segments, b.i64(0, 1, 3))
+    same = b.op("Equal", column, b.op("Unsqueeze", segments, b.i64(0, 1, 2)))
+    return b.op("Where", same, b.scalar(0.0), b.scalar(MASKED[b.float_type]))
 
 
 def _slots(b: GraphBuilder, positions: int) -> ir.Value:
@@ -96,49 +148,43 @@ class AppendAttention:
     Sequence-major, so that with batch 1 the past is a prefix of one buffer and the new rows land
     behind it without a copy. One decode kernel does rope, append and grouped attention, if K/V are
     repeated by Expand and cos/sin come straight out of Gather in their final shape. Column t of the
-    mask is slot t; a row's slot is its position id.
+    mask is slot t; the rows' slots are the last S.
     """
 
-    def __init__(
-        self,
-        b: GraphBuilder,
-        heads: HeadShape,
-        tables: tuple[ir.Value, ir.Value],
-        position_ids: ir.Value,
-        positions: int,
-    ) -> None:
-        self.b, self.heads, self.position_ids, self.positions = b, heads, position_ids, positions
-        ids = b.op("Unsqueeze", position_ids, b.i64(2))
-        self.cos, self.sin = (
-            b.op("Gather", table, ids, axis=0) for table in tables
-        )  # [1, S, 1, D/2]
+    def __init__(self, b: GraphBuilder, heads: HeadShape, rotary: Rotary, positions: int) -> None:
+        self.b, self.heads, self.rotary, self.positions = b, heads, rotary, positions
+        self.cos, self.sin = rotary.factors(b)
         self.mask: ir.Value | None = None
 
     def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """See ``CausalAttention``."""
         b, h = self.b, self.heads
-        q, k = self._rope(q), self._rope(k)
+        q, k = (rotate(b, x, self.cos, self.sin, h.head_dim) for x in (q, k))
         keys, values = (
             self._join(f"{name}_{index}", new) for name, new in (("key", k), ("value", v))
         )
         if self.mask is None:  # needs T, which the first layer's keys tell
             # Not Shape's start and end: older importers do not read these attributes.
             length = b.op("Gather", b.op("Shape", keys), b.i64(2), axis=0)
-            columns = b.op("Slice", _slots(b, self.positions), b.i64(0), length, b.i64(0))
-            self.mask = _mask(b, columns, b.op("Unsqueeze", self.position_ids, b.i64(1, 3)))
+            slots = _slots(b, self.positions)
+            columns = b.op("Slice", slots, b.i64(0), length, b.i64(0))
+            self.mask = _mask(b, columns, self._rows(slots, length))
         query = b.op("Mul", heads_first(b, q), b.scalar(h.head_dim**-0.5))
         keys, values = self._repeat(keys), self._repeat(values)
         scores = b.op("MatMul", query, b.op("Transpose", keys, perm=[0, 1, 3, 2]))
         weights = b.op("Softmax", b.op("Add", scores, self.mask), axis=-1)
         return heads_first(b, b.op("MatMul", weights, values))
 
-    def _rope(self, x: ir.Value) -> ir.Value:
-        b, d = self.b, self.heads.head_dim
-        first = b.op("Slice", x, b.i64(0), b.i64(d // 2), b.i64(-1))
-        second = b.op("Slice", x, b.i64(d // 2), b.i64(d), b.i64(-1))
-        low = b.op("Sub", b.op("Mul", first, self.cos), b.op("Mul", second, self.sin))
-        high = b.op("Add", b.op("Mul", second, self.cos), b.op("Mul", first, self.sin))
-        return b.op("Concat", low, high, axis=-1)
+    def _rows(self, slots: ir.Value, length: ir.Value) -> ir.Value:
+        """Slots [1, 1, S, 1] of the query rows. One position per row is the slot itself; M-RoPE's
+        positions are not, there the last S of ``length`` are taken.
+        """
+        b, ids = self.b, self.rotary.position_ids
+        if self.rotary.axes is None:
+            return b.op("Unsqueeze", ids, b.i64(1, 3))
+        first = b.op("Sub", length, b.op("Gather", b.op("Shape", ids), b.i64(1), axis=0))
+        rows = b.op("Slice", slots, first, length, b.i64(0))
+        return b.op("Unsqueeze", rows, b.i64(0, 1, 3))
 
     def _join(self, name: str, new: ir.Value) -> ir.Value:
         b, tail = self.b, (self.heads.kv_heads, self.heads.head_dim)
@@ -163,11 +209,11 @@ class _InPlace:
         self,
         b: GraphBuilder,
         heads: HeadShape,
-        tables: tuple[ir.Value, ir.Value],
-        position_ids: ir.Value,
+        rotary: Rotary,
         rows: int | str,
     ) -> None:
-        self.b, self.heads, self.tables, self.position_ids = b, heads, tables, position_ids
+        self.b, self.heads, self.rotary = b, heads, rotary
+        self._factors: tuple[ir.Value, ir.Value] | None = None
         self.cache_shape = (1, heads.kv_heads, rows, heads.head_dim)
         self.write_index = b.input("write_index", ir.DataType.INT64, (1,))
         self.kv_len = b.input("kv_len", ir.DataType.INT64, (1,))
@@ -175,7 +221,7 @@ class _InPlace:
     def rows(self, slots: ir.Value) -> ir.Value:
         """Slots [1, 1, S, 1] of the query rows: the last S of kv_len."""
         b = self.b
-        count = b.op("Shape", self.position_ids, start=-1)
+        count = b.op("Shape", self.rotary.position_ids, start=-1)
         first = b.op("Sub", self.kv_len, count)
         rows = b.op("Add", b.op("Slice", slots, b.i64(0), count, b.i64(0)), first)
         return b.op("Unsqueeze", rows, b.i64(0, 1, 3))
@@ -184,7 +230,14 @@ class _InPlace:
         """[1, S, heads, D] to [1, heads, S, D] rotated; RotaryEmbedding-23, half form
         (interleaved=0).
         """
-        return self.b.op("RotaryEmbedding", heads_first(self.b, x), *self.tables, self.position_ids)
+        b, r = self.b, self.rotary
+        if r.axes is None:
+            return b.op("RotaryEmbedding", heads_first(b, x), r.cos, r.sin, r.position_ids)
+        if self._factors is None:
+            squeezed = (b.op("Squeeze", factor, b.i64(2)) for factor in r.factors(b))
+            cos, sin = squeezed
+            self._factors = cos, sin
+        return b.op("RotaryEmbedding", heads_first(b, x), *self._factors)
 
     def scatter(
         self, name: str, new: ir.Value, shape: Dims | None = None, axis: int = -2
@@ -211,11 +264,10 @@ class ScatterAttention(_InPlace):
         self,
         b: GraphBuilder,
         heads: HeadShape,
-        tables: tuple[ir.Value, ir.Value],
-        position_ids: ir.Value,
+        rotary: Rotary,
         positions: int,
     ) -> None:
-        super().__init__(b, heads, tables, position_ids, "C")
+        super().__init__(b, heads, rotary, "C")
         slots = _slots(b, positions)
         columns = b.op("Slice", slots, b.i64(0), self.kv_len, b.i64(0))
         mask = _mask(b, columns, self.rows(slots))
@@ -248,19 +300,12 @@ class GrownAttention(_InPlace):
     ways and a run takes one.
     """
 
-    def __init__(
-        self,
-        b: GraphBuilder,
-        heads: HeadShape,
-        tables: tuple[ir.Value, ir.Value],
-        position_ids: ir.Value,
-        positions: int,
-    ) -> None:
-        super().__init__(b, heads, tables, position_ids, "C")
+    def __init__(self, b: GraphBuilder, heads: HeadShape, rotary: Rotary, positions: int) -> None:
+        super().__init__(b, heads, rotary, "C")
         self.value_shape = (1, heads.kv_heads, heads.head_dim, "C")
         self.slots = _slots(b, positions)
         self.masks: tuple[ir.Value, ir.Value] | None = None
-        self.single = b.op("Equal", b.op("Shape", position_ids, start=-1), b.i64(1))
+        self.single = b.op("Equal", b.op("Shape", rotary.position_ids, start=-1), b.i64(1))
 
     def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """See ``CausalAttention``."""
@@ -316,11 +361,10 @@ class StaticAttention(_InPlace):
         self,
         b: GraphBuilder,
         heads: HeadShape,
-        tables: tuple[ir.Value, ir.Value],
-        position_ids: ir.Value,
+        rotary: Rotary,
         positions: int,
     ) -> None:
-        super().__init__(b, heads, tables, position_ids, positions)
+        super().__init__(b, heads, rotary, positions)
         slots = _slots(b, positions)
         self.mask = _mask(b, slots, self.rows(slots))
 

@@ -7,7 +7,7 @@ Each function lowers itself for the builder's target. Linears are in ``qdq.py``,
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -67,8 +67,10 @@ def embedding_merge(
     text: ir.Value,
     image_index: ir.Value,
     image_features: ir.Value,
-) -> ir.Value:
-    """Token embeddings ``text`` [1, S, H]; where image_index >= 0 that row of image_features [M, H].
+    sizes: Sequence[int],
+) -> tuple[ir.Value, list[ir.Value]]:
+    """Token embeddings ``text`` [1, S, H]; where image_index >= 0 the first H numbers of that row of
+    image_features [M, sum of sizes]. The row's further parts come apart, [1, S, size] and 0 on text.
 
     One kernel together with the first norm. Text tokens read row 0 and discard it, so M >= 1 is
     needed. Tells the builder which tokens are image tokens.
@@ -76,7 +78,14 @@ def embedding_merge(
     image = b.op("Gather", image_features, b.op("Max", image_index, b.i64(0)), axis=0)
     is_image = b.op("Unsqueeze", b.op("GreaterOrEqual", image_index, b.i64(0)), b.i64(-1))
     b.image_tokens = is_image
-    return b.op("Where", is_image, image, text)
+    first, *rest = [image] if len(sizes) == 1 else split_last(b, image, sizes)
+    further = [b.op("Where", is_image, part, b.scalar(0.0)) for part in rest]
+    return b.op("Where", is_image, first, text), further
+
+
+def split_last(b: GraphBuilder, x: ir.Value, sizes: Sequence[int]) -> Sequence[ir.Value]:
+    """x [..., sum of sizes] cut along its last axis."""
+    return b.op_many("Split", [x, b.i64(*sizes)], len(sizes), axis=-1)
 
 
 def last_position(b: GraphBuilder, x: ir.Value) -> ir.Value:
@@ -105,6 +114,7 @@ def rope_frequencies(parameters: Mapping[str, Any], head_dim: int, where: str) -
     ExportError otherwise.
     """
     kind = parameters.get("rope_type", parameters.get("type", "default"))
+    kind = "default" if kind == "mrope" else kind  # the older name: ``rope_axes`` reads the rest
     if float(parameters.get("partial_rotary_factor", 1.0)) != 1.0:
         raise ExportError(f"{where}: partial_rotary_factor is not supported")
     try:
@@ -124,6 +134,31 @@ def rope_frequencies(parameters: Mapping[str, Any], head_dim: int, where: str) -
     except KeyError as error:
         raise ExportError(f"{where}: rope_type {kind!r} without key {error}") from error
     raise ExportError(f"{where}: rope_type {kind!r}, expected default, linear or llama3")
+
+
+def rope_axes(parameters: Mapping[str, Any], head_dim: int, where: str) -> tuple[int, ...] | None:
+    """M-RoPE (Wang et al. 2024, Qwen2-VL): which of the position's axes (0 time, 1 row, 2 column)
+    each of the D/2 frequencies turns with; None without ``mrope_section``.
+
+    mrope_section counts the frequencies of each axis: in that order, or with ``mrope_interleaved``
+    time, row, column in turn, where axes with fewer leave the rest to time. ExportError if the
+    counts are not three that sum to D/2.
+    """
+    section = parameters.get("mrope_section")
+    if section is None:
+        return None
+    counts = [int(n) for n in section]
+    if len(counts) != 3 or sum(counts) != head_dim // 2:
+        raise ExportError(
+            f"{where}: mrope_section is {section}, expected three counts that sum to {head_dim // 2}"
+        )
+    if not parameters.get("mrope_interleaved"):
+        return tuple(axis for axis, count in enumerate(counts) for _ in range(count))
+    axes = [0] * sum(counts)
+    for axis in (1, 2):
+        for i in range(axis, min(3 * counts[axis], len(axes)), 3):
+            axes[i] = axis
+    return tuple(axes)
 
 
 def rope_tables(b: GraphBuilder, frequencies: Array, positions: int) -> tuple[ir.Value, ir.Value]:

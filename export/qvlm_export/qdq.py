@@ -37,6 +37,7 @@ from qvlm.checkpoint import Checkpoint, QuantizedLinear
 from qvlm.errors import ExportError
 from qvlm.recipe import named_format
 from qvlm_export.graph import GraphBuilder
+from qvlm_export.ops import split_last
 from qvlm_export.weights import Array, lazy_int4, lazy_int8
 
 Kind = Literal["float", "int4", "token", "split", "static"]
@@ -115,8 +116,9 @@ def plan(b: GraphBuilder, name: str) -> LinearPlan:
     """How linear ``name`` is lowered; ExportError for what the target cannot run."""
     checkpoint = b.weights.checkpoint
     if name not in checkpoint.linears:
-        out_features, in_features = b.weights.shape(f"{name}.weight")
-        return LinearPlan(name, "float", out_features, in_features)
+        # A convolution's kernel, applied to patches that are rows already, is a matrix too.
+        out_features, *rest = b.weights.shape(f"{name}.weight")
+        return LinearPlan(name, "float", out_features, math.prod(rest))
     kind = _kind(name, checkpoint.linears[name]["format"])
     packed = f"{name}.weight_packed"
     shape = checkpoint.tensor(f"{name}.weight_shape") if packed in checkpoint else None
@@ -269,7 +271,9 @@ def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
             _mark(node, [one])
             return node
         weight = b.weights.stored(
-            f"{one.name}.weight", (piece.depth, width), lambda array: piece.columns(array).T
+            f"{one.name}.weight",
+            (piece.depth, width),
+            lambda array: piece.columns(array.reshape(width, -1)).T,
         )
         return b.op("MatMul", x, b.constant(f"{one.name}.weight{piece.suffix}", weight))
 
@@ -435,8 +439,7 @@ def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.
     product = _bias(b, product, group)
     if len(group) == 1:
         return [product]
-    sizes = b.i64(*(p.out_features for p in group))
-    return list(b.op_many("Split", [product, sizes], len(group), axis=-1))
+    return list(split_last(b, product, [p.out_features for p in group]))
 
 
 def _token_maximum(b: GraphBuilder, x: ir.Value) -> ir.Value:

@@ -172,6 +172,7 @@ class _Search:
         for index in range(len(self.stream.layers)):
             progress(f"scales {self.component}", index, len(self.stream.layers))
             here = [p for p in found if p.index == index]
+            hidden = self.stream.entering(index, hidden)
             for point in here:
                 means, calls = self._observe(point, hidden)
                 chosen.append((point, *self._best(point, means, calls)))

@@ -258,6 +258,7 @@ def _initial_roundings(
     hidden: list[Tensor] = stream.inputs
     for index, layer in enumerate(stream.names):
         mine = {n: m for n, m in linears.items() if n == layer or n.startswith(layer + ".")}
+        hidden = stream.entering(index, hidden)
         seen, hidden = observe(
             stream, index, mine, formats, hidden, options["init_norm"], options["init"]
         )

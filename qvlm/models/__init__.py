@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from qvlm.models import llava
+from qvlm.models import internvl, llava, qwen_vl, smolvlm
 from qvlm.models.adapter import Adapter
 
 __all__ = ["ADAPTERS", "Adapter"]
 
-ADAPTERS: dict[str, Adapter] = {adapter.model_type: adapter for adapter in (llava.ADAPTER,)}
+ADAPTERS: dict[str, Adapter] = {
+    adapter.model_type: adapter
+    for adapter in (
+        *(llava.ADAPTER, llava.NEXT, llava.ONEVISION),
+        *(smolvlm.ADAPTER, smolvlm.IDEFICS3, internvl.ADAPTER),
+        *(qwen_vl.QWEN2, qwen_vl.QWEN2_5, qwen_vl.QWEN3),
+    )
+}

@@ -52,12 +52,18 @@ class Adapter:
     """Architecture facts. Paths are module names in the tree that transformers builds.
 
     vision_layers and text_layers name the ModuleLists of repeated layers; projector and head name single modules,
-    each treated as a component of one layer. ``image_tokens``: tokens of a usual image. ``live_vision_layers``: how
-    many vision layers (from the first) reach the language model; later ones are dead, not quantized and not exported.
-    ``embeddings`` names what turns tokens and pixels into hidden states: nn.Embedding or nn.Conv2d without bias.
+    each treated as a component of one layer (``projectors`` beside the projector are layers too). ``pixels`` names the
+    module whose one argument are the pixels of all images, [N, 3, H, W] or a row per patch. ``image_tokens``: tokens of
+    a usual image. ``live_vision_layers``: how many vision layers (from the first) reach the language model; later ones
+    are dead, not quantized and not exported.
+    ``embeddings`` names what turns tokens and pixels into hidden states: nn.Embedding, nn.Conv2d without bias, or
+    nn.Conv3d whose inputs are patches already.
     ``keep_float`` maps fnmatch patterns on full linear names to the reason they are never quantized. scale_pairs:
     where channel scales fold; ``unfolded`` maps patterns of the linears without a pair to the reason. head_dim(config,
-    component): width of an attention head. residual: None where no rotation folds.
+    component): width of an attention head. residual: None where no rotation folds. remembered: attributes in which the
+    model keeps something of the last prompt; they are None before each new one. projectors: a ModuleList of
+    further projectors that read the outputs of single vision layers, "" for none; they run before ``projector``.
+    deepstack: the decoder's argument with their features, which it adds behind its first layers.
     """
 
     model_type: str
@@ -65,6 +71,7 @@ class Adapter:
     projector: str
     text_layers: str
     head: str
+    pixels: str
     image_token_id: Callable[[Any], int]
     image_tokens: Callable[[Any], int]
     live_vision_layers: Callable[[Any], int]
@@ -74,6 +81,15 @@ class Adapter:
     scale_pairs: tuple[ScalePair, ...] = ()
     unfolded: Mapping[str, str] = field(default_factory=dict)
     residual: Residual | None = None
+    remembered: tuple[str, ...] = ()
+    projectors: str = ""
+    deepstack: str = ""
+
+    def forget(self, model: nn.Module) -> None:
+        """Make the model as it is before its first prompt."""
+        for path in self.remembered:
+            owner, _, name = path.rpartition(".")
+            setattr(model.get_submodule(owner), name, None)
 
     def layer_names(self, model: nn.Module, component: str) -> tuple[str, ...]:
         """Full names of a component's layers in the order they run; CheckpointError if the module tree differs."""
@@ -86,6 +102,9 @@ class Adapter:
             raise CheckpointError(
                 f"{self.model_type}: this transformers builds no module {path}. Install the release in constraints.txt."
             ) from error
+        if component == "projector" and self.projectors:
+            beside = model.get_submodule(self.projectors)
+            return (*(f"{self.projectors}.{i}" for i in range(len(list(beside.children())))), path)
         if component not in paths:
             return (path,)
         count = len(list(module.children()))

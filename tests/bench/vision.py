@@ -27,7 +27,7 @@ from qvlm.checkpoint import Checkpoint, CheckpointWriter, QuantizedLinear
 from qvlm.progress import silent
 from qvlm.recipe import FORMATS, RECIPES
 from qvlm_export.graph import GraphBuilder
-from qvlm_export.models.clip import ClipConfig, hidden_states
+from qvlm_export.models.vit import VitConfig, hidden_states
 from qvlm_export.targets import named_target
 from qvlm_export.weights import Weights, write_model
 from qvlm_runtime.backend import FAST
@@ -41,12 +41,20 @@ KINDS = ("float", "w8a8")
 PROFILED = 5
 
 
-def config(layers: int) -> ClipConfig:
-    return ClipConfig(1024, 4096, layers, 16, image_size=336, patch_size=14)
+def config(layers: int) -> VitConfig:
+    sizes = {
+        "hidden_size": 1024,
+        "intermediate_size": 4096,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "image_size": 336,
+        "patch_size": 14,
+    }
+    return VitConfig.from_json(sizes, "clip_vision_model", "bench")
 
 
 def write_checkpoint(
-    folder: Path, c: ClipConfig, kind: str, projected: int | None = None
+    folder: Path, c: VitConfig, kind: str, projected: int | None = None
 ) -> Checkpoint:
     """Random weights: N(0, 0.02) in float16, or random integers with scales of that size.
 
@@ -91,7 +99,7 @@ def write_checkpoint(
     return Checkpoint(folder)
 
 
-def write_tower(work: Path, c: ClipConfig, kind: str) -> Path:
+def write_tower(work: Path, c: VitConfig, kind: str) -> Path:
     """The tower's graph for target ort."""
     checkpoint, target = write_checkpoint(work / f"{kind}-checkpoint", c, kind), named_target("ort")
     b = GraphBuilder("vision", target, Weights(checkpoint, target.dtype))

@@ -1,5 +1,6 @@
 """Llama decoder (Touvron et al. 2023): grouped-query attention with rope, gated MLP. Shared by
-families.
+families. Biases and norms of queries and keys (Qwen3) are built where the checkpoint has them;
+M-RoPE and deepstack (Qwen-VL) where the config asks for them.
 """
 
 from __future__ import annotations
@@ -10,13 +11,14 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qvlm_export.attention import CausalAttention, HeadShape, causal_attention
+from qvlm_export.attention import CausalAttention, HeadShape, Rotary, causal_attention
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.ops import (
     activation,
     embedding_merge,
     last_position,
     rms_norm,
+    rope_axes,
     rope_frequencies,
     rope_tables,
     split_heads,
@@ -26,7 +28,10 @@ from qvlm_export.qdq import has_linear, heads_linear, linear, linears, lookup
 
 @dataclass(frozen=True)
 class LlamaConfig:
-    """Sizes of the decoder, with transformers' defaults for keys that a config leaves out."""
+    """Sizes of the decoder, with transformers' defaults for keys that a config leaves out.
+
+    deepstack: layers behind which a further part of the image's features is added.
+    """
 
     hidden_size: int = 4096
     intermediate_size: int = 11008
@@ -39,6 +44,7 @@ class LlamaConfig:
     rms_norm_eps: float = 1e-6
     hidden_act: str = "silu"
     rope: Mapping[str, Any] = field(default_factory=dict)
+    deepstack: int = 0
 
     @staticmethod
     def from_json(data: Mapping[str, Any]) -> LlamaConfig:
@@ -50,6 +56,11 @@ class LlamaConfig:
         rope.update(data.get("rope_scaling") or {})
         rope.update(data.get("rope_parameters") or {})
         return LlamaConfig(**{k: v for k, v in data.items() if k in names}, rope=rope)
+
+    @property
+    def feature_parts(self) -> tuple[int, ...]:
+        """Numbers in a row of image_features: the embedding, then what is added behind each layer."""
+        return (self.hidden_size,) * (1 + self.deepstack)
 
     @property
     def heads(self) -> HeadShape:
@@ -68,22 +79,25 @@ def decoder(
     ``prefix`` names the decoder's modules, ``head`` the output projection (the embedding where it
     is tied).
     """
-    ids, image_index, position_ids = (
-        b.input(name, ir.DataType.INT64, (1, "S"))
-        for name in ("input_ids", "image_index", "position_ids")
+    axes = rope_axes(c.rope, c.heads.head_dim, where)
+    ids, image_index = (
+        b.input(name, ir.DataType.INT64, (1, "S")) for name in ("input_ids", "image_index")
     )
-    features = b.input("image_features", b.float_type, ("M", c.hidden_size))
+    position_ids = b.input("position_ids", ir.DataType.INT64, (3 if axes else 1, "S"))
+    features = b.input("image_features", b.float_type, ("M", sum(c.feature_parts)))
     table = f"{prefix}.embed_tokens"
     with b.scope("embed"):
         text = lookup(b, ids, table, (c.vocab_size, c.hidden_size))
-        x = embedding_merge(b, text, image_index, features)
+        x, further = embedding_merge(b, text, image_index, features, c.feature_parts)
     with b.scope("positions"):
         frequencies = rope_frequencies(c.rope, c.heads.head_dim, where)
-        tables = rope_tables(b, frequencies, positions)
-        attention = causal_attention(b, c.heads, tables, position_ids, positions)
+        rotary = Rotary(*rope_tables(b, frequencies, positions), position_ids, axes)
+        attention = causal_attention(b, c.heads, rotary, positions)
     for i in range(c.num_hidden_layers):
         with b.scope(f"layers.{i}"):
             x = _layer(b, c, f"{prefix}.layers.{i}", i, attention, x)
+            if i < len(further):
+                x = b.op("Add", x, further[i])
     x = last_position(b, x)
     x = rms_norm(b, x, f"{prefix}.norm", c.hidden_size, c.rms_norm_eps)
     if has_linear(b.weights.checkpoint, head):
@@ -110,6 +124,11 @@ def _layer(
         q, k, v = (
             split_heads(b, part, n, heads.head_dim) for part, n in zip(qkv, counts, strict=True)
         )
+        if f"{prefix}.self_attn.q_norm.weight" in b.weights:
+            q, k = (
+                rms_norm(b, part, f"{prefix}.self_attn.{n}_norm", heads.head_dim, c.rms_norm_eps)
+                for part, n in ((q, "q"), (k, "k"))
+            )
         context = attention.layer(index, q, k, v)
         x = b.op("Add", x, heads_linear(b, context, f"{prefix}.self_attn.o_proj"))
     h = rms_norm(b, x, f"{prefix}.post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
