@@ -4,8 +4,9 @@
 2. One process per folder stays. Its cache is filled context by context: memory against context.
 3. Warm-up rounds, thrown away.
 4. Rounds. In each, every subject decodes at every context and answers every case; the subjects run
-   a context or a case one right after the other. Who comes first, and in every second round the
-   direction, changes: what a subject leaves in caches meets each neighbour as often. So a machine that gets slower with time slows all of them, and the quotient of two samples of one
+   a context or a case one right after the other. Who comes first changes from round to round, and
+   the direction in every second one: what a subject leaves in caches meets each neighbour as often.
+   So a machine that gets slower with time slows all of them, and the quotient of two samples of one
    round keeps their ratio. Between two rounds the machine is looked at; a round it throttled in is
    marked.
 5. Rounds end when every figure's interval is as narrow as the plan asks, or at the plan's limit.
