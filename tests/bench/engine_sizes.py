@@ -44,10 +44,8 @@ FORMATS = ("float", "w4a16", "w8a8")
 
 def demo_bytes(work: Path, recipe: str, sm: int) -> dict[str, int]:
     """Bytes of the demo's engines, by graph."""
-    options = RECIPES[recipe].with_options(method="rtn", samples=8)
-    checkpoint = Checkpoint(
-        quantize("demo", work / recipe, options, goldens=2, progress=reporter())
-    )
+    chosen = replace(RECIPES[recipe], method="rtn", samples=8)
+    checkpoint = Checkpoint(quantize("demo", work / recipe, chosen, goldens=2, progress=reporter()))
     spec = build(checkpoint, named_target("rtx"), work / f"{recipe}-graphs", None, reporter())
     model = model_spec(checkpoint)
     _, rows = compile_target(

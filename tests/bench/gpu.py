@@ -24,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -93,9 +94,9 @@ def goldens(work: Path, args: argparse.Namespace) -> list[dict[str, Any]]:
     """The demo's goldens through the backend: relative RMS error of the logits, greedy agreement."""
     rows = []
     for recipe in args.formats:
-        options = RECIPES[recipe].with_options(method="rtn", samples=8)
+        chosen = replace(RECIPES[recipe], method="rtn", samples=8)
         checkpoint = Checkpoint(
-            quantize("demo", work / recipe, options, goldens=4, progress=reporter())
+            quantize("demo", work / recipe, chosen, goldens=4, progress=reporter())
         )
         folder = work / f"{recipe}-graphs"
         spec = build(checkpoint, named_target(args.target), folder, None, reporter())
