@@ -14,9 +14,16 @@ import onnx
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT
-from runtime_support import image_spec, target_spec, toy_decoder, toy_vision, write_byte_tokenizer
-
-from runtime_support import TEMPLATE, model_spec  # isort: skip
+from runtime_support import (
+    IMAGE_ROWS,
+    TEMPLATE,
+    image_spec,
+    model_spec,
+    target_spec,
+    toy_decoder,
+    toy_vision,
+    write_byte_tokenizer,
+)
 
 from qvlm_export.builder import profiles
 from qvlm_runtime.manifest import EngineSpec, Manifest, digest
@@ -78,10 +85,10 @@ def toy_engines(
     engines = {}
     for graph, path in target.graphs.items():
         model = toy_vision(spec, target) if graph == "vision" else toy_decoder(spec, target)
-        _fix(model, {"N": 1, "R": spec.tokens_per_image, "C": spec.max_context})
+        _fix(model, {"N": 1, "R": IMAGE_ROWS, "C": spec.max_context})
         onnx.save(model, folder / path)
         plan = f"device/engines/{graph}.sm87.plan"
-        shapes = profiles(graph, spec, target.cache)
+        shapes = profiles(graph, spec, image_spec(), target.cache)
         (folder / plan).write_bytes(plan_bytes(machine, folder / path, shapes))
         engines[f"sm87/{graph}"] = EngineSpec(plan, machine.backend, machine.trt.__version__, 87)
     files = {

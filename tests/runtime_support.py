@@ -17,13 +17,16 @@ import onnxruntime
 from onnx import numpy_helper
 
 from qvlm_runtime.backend import TensorInfo
-from qvlm_runtime.manifest import ImageSpec, Manifest, ModelSpec, TargetSpec, digest
+from qvlm_runtime.image_spec import PixelSpec, WholeImage
+from qvlm_runtime.manifest import Manifest, ModelSpec, TargetSpec, digest
 
 # Bytes are tokens 4..259; a prompt therefore has one token per UTF-8 byte.
 PAD, BOS, EOS, IMAGE = range(4)
 FIRST_BYTE = 4
 SPECIALS = ("<pad>", "<s>", "</s>", "<image>")
 IMAGE_SIDE = 6
+IMAGE_ROWS = 3
+FAN = 3 * IMAGE_SIDE * IMAGE_SIDE // IMAGE_ROWS
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m['content'] is string %}{{ m['content'] }}"
     "{% else %}{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>"
@@ -49,7 +52,7 @@ def model_spec(**changes: Any) -> ModelSpec:
         eos_token_ids=(EOS,),
         image_token="<image>",
         image_token_id=IMAGE,
-        tokens_per_image=3,
+        feature_size=12,
         template_tokens={"bos_token": "<s>", "eos_token": "</s>"},
     )
     return dataclasses.replace(spec, **changes)
@@ -277,9 +280,8 @@ def toy_decoder(spec: ModelSpec, target: TargetSpec, seed: int = 0) -> onnx.Mode
 
 
 def toy_vision_weights(spec: ModelSpec) -> np.ndarray:
-    fan = 3 * IMAGE_SIDE * IMAGE_SIDE // spec.tokens_per_image
     generator = np.random.default_rng(7)
-    return generator.standard_normal((fan, spec.hidden_size)).astype(np.float32)
+    return generator.standard_normal((FAN, spec.hidden_size)).astype(np.float32)
 
 
 def toy_vision(spec: ModelSpec, target: TargetSpec) -> onnx.ModelProto:
@@ -295,7 +297,7 @@ def _parse(
         "KV": spec.kv_heads,
         "DIM": spec.head_dim,
         "SIDE": IMAGE_SIDE,
-        "FAN": 3 * IMAGE_SIDE * IMAGE_SIDE // spec.tokens_per_image,
+        "FAN": FAN,
         "OPSET": target.opset,
         "F[": "float[" if target.dtype == "float32" else "float16[",
     }
@@ -330,9 +332,10 @@ def reference_logits(
     return (x[-1] + mixed.reshape(-1) @ w["wo"]) @ w["head"]
 
 
-def image_spec() -> ImageSpec:
+def image_spec() -> WholeImage:
     half = (0.5, 0.5, 0.5)
-    return ImageSpec(("exact", IMAGE_SIDE, IMAGE_SIDE), None, 3, 1 / 255, half, half)
+    pixels = PixelSpec(3, 1 / 255, half, half)
+    return WholeImage(pixels, IMAGE_ROWS, ("exact", IMAGE_SIDE, IMAGE_SIDE), None)
 
 
 def write_folder(folder: Path, **changes: Any) -> Manifest:

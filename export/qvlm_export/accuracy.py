@@ -10,7 +10,6 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -115,9 +114,9 @@ def _log_probabilities(
 ) -> NDArray[np.float64]:
     """log p of every token of the vocabulary at each position of ``tokens`` [T, vocab], teacher-forced."""
     prompt = model.prepare(question.prompt, question.open_images())
-    features: Any = None if prompt.pixels is None else model.image_features(prompt.pixels)
+    features = model.image_features(prompt.pictures) if prompt.pictures else None
     state = model.decoder.start(len(prompt.token_ids) + len(tokens), features)
-    rows = [state.step(prompt.token_ids, prompt.image_index)]
+    rows = [state.step(prompt.token_ids, prompt.image_index, prompt.positions)]
     rows += [state.step((token,)) for token in tokens[:-1]]
     logits = np.stack(rows).astype(np.float64)
     logits -= logits.max(-1, keepdims=True)

@@ -13,7 +13,8 @@ from qvlm_export.models import builder_for
 from qvlm_export.qdq import check_deployable
 from qvlm_export.targets import Target
 from qvlm_export.weights import Weights, write_model
-from qvlm_runtime.manifest import ImageSpec, ModelSpec, TargetSpec
+from qvlm_runtime.image_spec import ImageSpec
+from qvlm_runtime.manifest import ModelSpec, TargetSpec
 
 
 def build(

@@ -16,9 +16,14 @@ from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.facts import graph_facts
 from qvlm_export.kernels import Kernel, Telling, check, integer_products
+from qvlm_runtime.image_spec import AnyresImage, ImageSpec, Layout, PatchImage
 from qvlm_runtime.manifest import CacheForm, EngineSpec, ModelSpec, TargetSpec
+from qvlm_runtime.positions import AXES
 from qvlm_runtime.trt import message_log
+from qvlm_runtime.vision import extremes, input_shapes, layout
 
+# Height and width of a frame that engines with shapes that follow the image are tuned for.
+_USUAL = (480, 640)
 # name -> (least, optimal, largest) shape
 Profile = Mapping[str, tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]]
 
@@ -49,27 +54,30 @@ class EngineRow:
     checked: Telling
 
 
-def profiles(graph: str, model: ModelSpec, cache: CacheForm = "append") -> dict[str, Profile]:
-    """Optimization profiles of a graph by name: none for vision, whose shapes are fixed.
+def profiles(
+    graph: str, model: ModelSpec, image: ImageSpec, cache: CacheForm = "append"
+) -> dict[str, Profile]:
+    """Optimization profiles of a graph by name: none for a vision graph of one tile, whose shapes
+    are fixed; "image" for one whose shapes follow the image, the optimum at 640 x 480 pixels.
 
     prefill: S 1..max_context behind an empty cache (P = 0 exactly, which saves the past's copies).
     decode: S = 1, P 1..max_context - 1. extend: S 1..max_context - 1 behind P 1..max_context - 1,
     for a prompt in pieces and for a conversation that goes on. A "scatter" cache has fixed shapes,
-    so its prefill takes any piece. image_features: from one row to as many images as the context
-    holds.
+    so its prefill takes any piece. image_features: from one row to as many as the context holds.
     """
+    least, largest = extremes(image)
+    usual = layout(image, *_USUAL)
     if graph == "vision":
-        return {}
-    rows, context = model.tokens_per_image, model.max_context
-    images = ((1, model.hidden_size), (rows, model.hidden_size))
-    most = (max(1, context // rows) * rows, model.hidden_size)
+        return _vision_profiles(image, (least, usual, largest))
+    context, axes = model.max_context, AXES[model.positions]
+    rows = min(usual.rows, context)
 
     def profile(tokens: Sequence[int], past: Sequence[int]) -> Profile:
         shapes: dict[str, Any] = {
-            name: tuple((1, n) for n in tokens)
-            for name in ("input_ids", "image_index", "position_ids")
+            name: tuple((lines, n) for n in tokens)
+            for name, lines in (("input_ids", 1), ("image_index", 1), ("position_ids", axes))
         }
-        shapes["image_features"] = (*images, most)
+        shapes["image_features"] = tuple((n, model.feature_size) for n in (1, rows, context))
         for i in range(model.layers if cache == "append" else 0):
             for kind in ("key", "value"):
                 shapes[f"past_{kind}_{i}"] = tuple(
@@ -88,10 +96,20 @@ def profiles(graph: str, model: ModelSpec, cache: CacheForm = "append") -> dict[
     return found
 
 
+def _vision_profiles(image: ImageSpec, layouts: Sequence[Layout]) -> dict[str, Profile]:
+    """Least, optimal and largest shapes of the inputs that differ between layouts."""
+    if not isinstance(image, AnyresImage | PatchImage):
+        return {}  # one tile a run, as many runs as tiles
+    least, usual, largest = (input_shapes(image, one) for one in layouts)
+    return {"image": {name: (least[name], usual[name], largest[name]) for name in least}}
+
+
 def _ranges(shapes: Mapping[str, Profile]) -> dict[str, dict[str, tuple[int, ...]]]:
-    """What the manifest says of each profile: tokens, and cache rows before them."""
+    """What the manifest says of a decoder's profiles: tokens, and cache rows before them."""
     found = {}
     for name, one in shapes.items():
+        if "input_ids" not in one:
+            continue
         past = one.get("past_key_0")
         found[name] = {
             "tokens": tuple(shape[1] for shape in one["input_ids"]),

@@ -271,7 +271,8 @@ def _check(args: argparse.Namespace) -> Answer:
         graphs = [(n, args.path / path) for n in names for path in specs[n].graphs.values()]
         if args.device:
             device = named_device(args.device)
-            fits = [fit(args.path, n, specs[n], manifest.model, device) for n in names]
+            described = manifest.model, manifest.image
+            fits = [fit(args.path, n, specs[n], *described, device) for n in names]
     else:
         graphs = [(name, args.path) for name in args.target or ()]
         if args.device:

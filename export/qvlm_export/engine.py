@@ -28,6 +28,7 @@ from qvlm_export.builder import (
 from qvlm_export.kernels import Kernel, kernels_of_engine
 from qvlm_export.targets import Target
 from qvlm_runtime.cuda import device
+from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
 from qvlm_runtime.trt import message_log, tensorrt_module
 
@@ -83,6 +84,7 @@ def compile_target(
     target: Target,
     spec: TargetSpec,
     model: ModelSpec,
+    image: ImageSpec,
     progress: Progress,
     options: Options,
 ) -> tuple[TargetSpec, list[EngineRow]]:
@@ -97,7 +99,7 @@ def compile_target(
     sm = device().capability
     engines, rows = dict(spec.engines), []
     for stem, path in spec.graphs.items():
-        shapes = profiles(stem, model, spec.cache)
+        shapes = profiles(stem, model, image, spec.cache)
         key = f"sm{sm}/{stem}"
         engines[key] = entry = engine_spec(spec, stem, BACKEND, version, sm, shapes)
         timing = (folder / entry.path).with_name(f"timing.sm{sm}.cache")

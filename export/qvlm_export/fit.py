@@ -24,7 +24,9 @@ from onnx import ModelProto, NodeProto, numpy_helper
 
 from qvlm.errors import ExportError
 from qvlm_export.conform.view import GraphView, attribute, tensor_bytes
+from qvlm_runtime.image_spec import AnyresImage, ImageSpec, Layout
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
+from qvlm_runtime.vision import extremes, input_shapes
 
 GIB = 1 << 30
 _STEPS = 64
@@ -127,8 +129,12 @@ def named_device(name: str) -> Device:
     return DEVICES[name]
 
 
-def fit(folder: Path, target: str, spec: TargetSpec, model: ModelSpec, device: Device) -> Fit:
+def fit(
+    folder: Path, target: str, spec: TargetSpec, model: ModelSpec, image: ImageSpec, device: Device
+) -> Fit:
     """Count one target's graphs against a device; ExportError for a graph that cannot be read.
+
+    The largest image of those the model takes is counted.
 
     The context is found by halving, to one part in 64: activations grow with the prompt, so what
     fits is an interval from 1.
@@ -141,11 +147,14 @@ def fit(folder: Path, target: str, spec: TargetSpec, model: ModelSpec, device: D
     )
     item = 4 if spec.dtype == "float32" else 2
     row = 2 * model.layers * model.kv_heads * model.head_dim * item
-    vision = peak_bytes(views["vision"], {"N": 1}, {})
+    largest_image = extremes(image)[1]
+    vision = peak_bytes(views["vision"], _vision_dimensions(image, largest_image), {})
 
     def activations(tokens: int) -> int:
         values = {"kv_len": tokens, "write_index": 0}
-        return max(vision, peak_bytes(views["decoder"], _dimensions(model, tokens), values))
+        return max(
+            vision, peak_bytes(views["decoder"], _dimensions(largest_image.rows, tokens), values)
+        )
 
     def needs(context: int) -> int:
         return weights + activations(context) + row * context
@@ -183,10 +192,18 @@ def _engine_bytes(folder: Path, spec: TargetSpec) -> int:
     return max(sets.values(), default=0)
 
 
-def _dimensions(model: ModelSpec, tokens: int) -> dict[str, int]:
-    """The decoder's free dimensions for a prompt of ``tokens`` on an empty cache."""
-    images = max(1, tokens // model.tokens_per_image)
-    return {"S": tokens, "P": 0, "C": tokens, "M": images * model.tokens_per_image}
+def _dimensions(rows: int, tokens: int) -> dict[str, int]:
+    """The decoder's free dimensions for a prompt of ``tokens`` on an empty cache, all of it images
+    of ``rows`` rows.
+    """
+    return {"S": tokens, "P": 0, "C": tokens, "M": max(1, tokens // rows) * rows}
+
+
+def _vision_dimensions(spec: ImageSpec, image: Layout) -> dict[str, int]:
+    """The vision graph's free dimensions; a graph of single tiles is run one at a time."""
+    shapes = input_shapes(spec, image)
+    tiles = image.tiles if isinstance(spec, AnyresImage) else 1
+    return {"N": tiles, "P": shapes["pixel_values"][0], "M": image.rows, "G": image.rows}
 
 
 def _stored(view: GraphView) -> dict[str, int]:

@@ -119,13 +119,14 @@ def add_engines(
             folder,
             spec,
             manifest.model,
+            manifest.image,
             progress,
             capabilities or rtx.COMPUTE_CAPABILITIES,
             options,
         )
     else:
         spec, rows = engine.compile_target(
-            folder, named_target(name), spec, manifest.model, progress, options
+            folder, named_target(name), spec, manifest.model, manifest.image, progress, options
         )
     changed = [*(row.file for row in rows), *_add_to_report(folder, name, rows)]
     files = {**manifest.files, **{file: digest(folder / file) for file in changed}}

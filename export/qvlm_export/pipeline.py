@@ -23,7 +23,7 @@ from qvlm.errors import ExportError, RecipeError
 from qvlm.progress import Progress, silent
 from qvlm.recipe import Recipe
 from qvlm_export import package, rtx
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
 from qvlm_export.float_range import check_range, largest_activations
@@ -228,8 +228,8 @@ def _target(
     if target.is_tensorrt:
         section["rules"] = _rules(work, spec, target)
     if target.name == "rtx" and request.capabilities:
-        model = model_spec(checkpoint, request.max_context)
-        spec, rows = rtx.compile_target(work, spec, model, progress, request.capabilities)
+        model, image = model_spec(checkpoint, request.max_context), image_spec(checkpoint)
+        spec, rows = rtx.compile_target(work, spec, model, image, progress, request.capabilities)
         section["engines"] = [asdict(row) for row in rows]
     verified = verify_target(work, spec, checkpoint, progress, request.max_context)
     section["verify"] = [asdict(row) for row in verified.rows]

@@ -9,7 +9,7 @@ from typing import Any
 
 from qvlm.checkpoint import Checkpoint, load_json
 from qvlm.errors import ExportError
-from qvlm_runtime.manifest import ImageSpec
+from qvlm_runtime.image_spec import PixelSpec, WholeImage
 
 # transformers' defaults of CLIPImageProcessor.
 _RESAMPLE_BICUBIC = 3
@@ -32,9 +32,9 @@ def _processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
     return load_json(path), str(path)
 
 
-def image_settings(checkpoint: Checkpoint, expected: tuple[int, int]) -> ImageSpec:
+def whole_image(checkpoint: Checkpoint, expected: tuple[int, int], rows: int) -> WholeImage:
     """Settings of a CLIP-like processor; ExportError unless every image ends up ``expected``
-    (height, width).
+    (height, width). rows: of image_features that an image gives.
     """
     data, where = _processor(checkpoint)
     resize = _resize(data, where) if data.get("do_resize", True) else None
@@ -48,10 +48,12 @@ def image_settings(checkpoint: Checkpoint, expected: tuple[int, int]) -> ImageSp
         raise ExportError(
             f"{where}: images become {final or 'of any size'}, the vision tower takes {expected}"
         )
+    return WholeImage(_pixels(data, where), rows, resize, crop)
+
+
+def _pixels(data: Mapping[str, Any], where: str) -> PixelSpec:
     normalise = data.get("do_normalize", True)
-    return ImageSpec(
-        resize=resize,
-        crop=crop,
+    return PixelSpec(
         resample=int(data.get("resample", _RESAMPLE_BICUBIC)),
         rescale=float(data.get("rescale_factor", _RESCALE))
         if data.get("do_rescale", True)

@@ -23,6 +23,7 @@ from qvlm_export.builder import (
     store_engine,
 )
 from qvlm_export.kernels import Kernel, parse_kernels
+from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
 from qvlm_runtime.trt import tensorrt_module
 
@@ -69,6 +70,7 @@ def compile_target(
     folder: Path,
     spec: TargetSpec,
     model: ModelSpec,
+    image: ImageSpec,
     progress: Progress,
     capabilities: Sequence[int] = COMPUTE_CAPABILITIES,
     options: Options | None = None,
@@ -83,7 +85,7 @@ def compile_target(
     work = [(sm, stem, path) for sm in capabilities for stem, path in spec.graphs.items()]
     for done, (sm, stem, path) in enumerate(work):
         progress("engines", done, len(work))
-        shapes = profiles(stem, model, spec.cache)
+        shapes = profiles(stem, model, image, spec.cache)
         plan, kernels = compile_graph(folder / path, shapes, sm, options, progress)
         key = f"sm{sm}/{stem}"
         engines[key] = engine_spec(spec, stem, BACKEND, version, sm, shapes)

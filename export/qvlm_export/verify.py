@@ -31,6 +31,7 @@ from qvlm_runtime.backend import EXACT, Session, open_session
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import RuntimeFault
 from qvlm_runtime.manifest import ModelSpec, TargetSpec, read_manifest
+from qvlm_runtime.positions import AXES
 
 # The operator ONNX Runtime must run for an integer weight of that type.
 FUSED = {"INT4": "MatMulNBits", "INT8": "MatMulIntegerToFloat"}
@@ -248,12 +249,13 @@ class _Replay:
     def _feeds(self, golden: Golden) -> dict[str, dict[str, Array]]:
         """One run of each graph: an image, and the first prompt token on a cache of one row."""
         dtype, shape = self.spec.dtype, (1, self.model.kv_heads, 1, self.model.head_dim)
-        one = {name: np.zeros((1, 1), np.int64) for name in ("input_ids", "position_ids")}
+        axes = AXES[self.model.positions]
         names = [f"past_{kind}_{i}" for i in range(self.model.layers) for kind in ("key", "value")]
         decoder: dict[str, Array] = {
-            **one,
+            "input_ids": np.zeros((1, 1), np.int64),
+            "position_ids": np.zeros((axes, 1), np.int64),
             "image_index": np.full((1, 1), -1, np.int64),
-            "image_features": np.zeros((1, self.model.hidden_size), dtype),
+            "image_features": np.zeros((1, self.model.feature_size), dtype),
             "write_index": np.zeros(1, np.int64),
             "kv_len": np.ones(1, np.int64),
             **{name: np.zeros(shape, dtype) for name in names},

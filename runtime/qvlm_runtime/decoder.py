@@ -24,21 +24,14 @@ from qvlm_runtime.backend import (
 from qvlm_runtime.cache import cache_bytes, cache_tensors, make_cache
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
+from qvlm_runtime.positions import AXES
 
 _TOKENS = ("input_ids", "image_index", "position_ids")
 
 
-def position_ids(start: int, count: int) -> NDArray[np.int64]:
-    """Positions of ``count`` tokens behind ``start`` cached ones, int64 [1, count]: sequential.
-
-    The only place that decides positions; a family with rotary sections (M-RoPE) replaces it.
-    """
-    return np.arange(start, start + count, dtype=np.int64)[None]
-
-
 @dataclass(frozen=True)
 class Features:
-    """Image features where the engine computes: ``rows`` times hidden_size elements.
+    """Image features where the engine computes: ``rows`` times feature_size elements.
 
     Written once, by the vision graph; several sequences may read them at once.
     """
@@ -91,7 +84,7 @@ class Decoder:
     def start(self, capacity: int, features: Features | Array | None = None) -> DecoderState:
         """Begin a sequence with room for ``capacity`` rows.
 
-        features: F [M, hidden], the rows image_index counts, on the host or where the engine
+        features: F [M, feature_size], the rows image_index counts, on the host or where the engine
         computes; None for a prompt without images.
         PromptError if capacity exceeds ``max_rows``.
         """
@@ -108,28 +101,32 @@ class DecoderState:
 
     def __init__(self, decoder: Decoder, capacity: int, features: Features | Array | None) -> None:
         model, dtype = decoder.model, decoder.target.dtype
-        self._session, self._hidden_size = decoder.session, model.hidden_size
+        self._session, self._feature_size = decoder.session, model.feature_size
         self._cache = make_cache(decoder.session, model, decoder.target, capacity)
         self._binding = decoder.session.binding()
         self._dtype = dtype
-        self._no_features = self._uploaded(np.zeros((1, model.hidden_size), np.float32))
+        self._no_features = self._uploaded(np.zeros((1, model.feature_size), np.float32))
         self.set_features(features)
         self._logits = np.empty((1, 1, model.vocab_size), host_dtype(dtype))
         self._binding.fetch("logits", self._logits)
         # A decode step changes numbers in arrays that stay bound, so it binds no token tensor.
+        self._axes = AXES[model.positions]
         self._one = {name: np.full((1, 1), -1, np.int64) for name in _TOKENS}
+        self._one["position_ids"] = np.zeros((self._axes, 1), np.int64)
         self._bound_one = False
+        # [n] is the position of a text token behind the first n rows: rewinding keeps it true.
+        self._next = np.zeros(capacity + 1, np.int64)
 
     def set_features(self, features: Features | Array | None) -> None:
         """Replace the rows that image_index counts in later steps, None for none.
 
-        features: F [M, hidden], on the host or where the engine computes.
+        features: F [M, feature_size], on the host or where the engine computes.
         """
         if features is None:
             features = self._no_features
         elif not isinstance(features, Features):
             features = self._uploaded(features)
-        shape = (features.rows, self._hidden_size)
+        shape = (features.rows, self._feature_size)
         self._binding.place("image_features", features.buffer, 0, shape)
 
     def _uploaded(self, rows: Array) -> Features:
@@ -150,12 +147,17 @@ class DecoderState:
         return self._cache.length
 
     def step(
-        self, token_ids: Sequence[int] | Array, image_index: Sequence[int] | Array | None = None
+        self,
+        token_ids: Sequence[int] | Array,
+        image_index: Sequence[int] | Array | None = None,
+        positions: NDArray[np.int64] | None = None,
     ) -> NDArray[np.float32]:
         """Run S tokens behind those seen; return the logits of the last one, float32 [vocab].
 
-        image_index: S rows of the features, -1 for text; None means all text. PromptError if the
-        cache has no room for S more rows, SessionError if the engine fails.
+        image_index: S rows of the features, -1 for text; None means all text. positions: int64
+        [1 or 3, S] as positions.py gives them; None counts up from the largest seen, which is right
+        for text. PromptError if the cache has no room for S more rows, SessionError if the engine
+        fails.
         """
         count, cache = len(token_ids), self._cache
         if cache.length + count > cache.capacity:
@@ -163,19 +165,25 @@ class DecoderState:
                 f"{cache.length} + {count} tokens do not fit the cache of {cache.capacity} rows. "
                 "Use a shorter prompt or fewer new tokens."
             )
-        if count == 1 and image_index is None:
+        start, first = cache.length, int(self._next[cache.length])
+        if count == 1 and image_index is None and positions is None:
             self._one["input_ids"][0, 0] = token_ids[0]
-            self._one["position_ids"][:] = position_ids(cache.length, 1)
+            self._one["position_ids"][:] = first
+            self._next[start + 1] = first + 1
             if not self._bound_one:
                 self._bind_tokens(self._one)
                 self._bound_one = True
         else:
             index = np.full(count, -1) if image_index is None else image_index
+            if positions is None:
+                text = np.arange(first, first + count, dtype=np.int64)
+                positions = np.tile(text, (self._axes, 1))
             ids = as_host(token_ids, "int64")[None]
-            positions = position_ids(cache.length, count)
-            values = (ids, as_host(index, "int64")[None], positions)
+            values = (ids, as_host(index, "int64")[None], as_host(positions, "int64"))
             self._bind_tokens(dict(zip(_TOKENS, values, strict=True)))
             self._bound_one = False
+            largest = np.maximum.accumulate(positions.max(axis=0)) + 1
+            self._next[start + 1 : start + count + 1] = np.maximum(largest, first)
         cache.bind(self._binding, count)
         self._binding.run()
         cache.advance(count)

@@ -1,6 +1,6 @@
 """Image features that were computed before: a second question about an image skips the vision graph.
 
-The key is a sha256 over the preprocessed pixels, the image-processor settings, the backend and the
+The key is a sha256 over the vision graph's inputs, the image-processor settings, the backend and the
 digest of the vision graph. Equal keys therefore mean equal input to an equal graph, whatever file or
 array the image came from. Features stay where the engine computes. Bounded in bytes; the entry that
 was not used for the longest time goes first.
@@ -15,13 +15,14 @@ import hashlib
 import itertools
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
-from qvlm_runtime.backend import DeviceArray
+from qvlm_runtime.backend import Array, DeviceArray
 from qvlm_runtime.decoder import Features
+from qvlm_runtime.image_spec import Layout
 
 DEFAULT_BYTES = 128 << 20  # 14 images of LLaVA-1.5 in float32 (576 rows of 4,096)
 
@@ -31,27 +32,31 @@ _numbers = itertools.count()
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A preprocessed image: pixels [3, H, W], float32 or in CUDA memory, and the key of its features.
+    """A preprocessed image: the vision graph's inputs by name, its layout, and the key of its features.
 
-    hashed: whether the key is a digest of the pixels.
+    inputs: float32 and int64 on the host, or pixel_values [1, 3, H, W] in CUDA memory. hashed:
+    whether the key is a digest of them.
     """
 
-    pixels: NDArray[np.float32] | DeviceArray
+    inputs: Mapping[str, Array | DeviceArray]
+    layout: Layout
     key: str
     hashed: bool = True
 
     @staticmethod
-    def of(pixels: NDArray[np.float32], salt: str) -> Picture:
+    def of(inputs: Mapping[str, Array], layout: Layout, salt: str) -> Picture:
         """``salt`` names the settings and the graph."""
         sha = hashlib.sha256(salt.encode())
-        sha.update(str(pixels.shape).encode())
-        sha.update(np.ascontiguousarray(pixels).data)
-        return Picture(pixels, sha.hexdigest())
+        for name, array in sorted(inputs.items()):
+            sha.update(f"{name} {array.shape}".encode())
+            sha.update(np.ascontiguousarray(array).data)
+        return Picture(inputs, layout, sha.hexdigest())
 
     @staticmethod
-    def on_device(pixels: DeviceArray) -> Picture:
+    def on_device(pixels: DeviceArray, layout: Layout) -> Picture:
         """A picture like no other, also if the array is the same: its contents may have changed."""
-        return Picture(pixels, f"device {next(_numbers)}", hashed=False)
+        inputs = {"pixel_values": replace(pixels, shape=(1, *pixels.shape))}
+        return Picture(inputs, layout, f"device {next(_numbers)}", hashed=False)
 
 
 class FeatureCache:

@@ -9,6 +9,9 @@ import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
+from numpy.typing import NDArray
+
 from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.penalties import Logits
@@ -53,6 +56,7 @@ def tokens(
     state: DecoderState,
     prompt_ids: Sequence[int],
     image_index: Sequence[int],
+    positions: NDArray[np.int64],
     choose: Callable[[Logits], int],
     stop_ids: Collection[int],
     max_new_tokens: int,
@@ -62,16 +66,18 @@ def tokens(
 ) -> Iterator[int]:
     """New token ids, ending with the first that is in ``stop_ids`` or after ``max_new_tokens``.
 
-    prefill_chunk: the prompt is run in pieces of that many tokens; None runs it at once. halt is
-    asked before every piece and every step, and ends the iterator. ``timings`` is filled while the
-    loop runs; the time its consumer takes is not counted.
+    positions: int64 [1 or 3, S], those of the prompt. prefill_chunk: the prompt is run in pieces of
+    that many tokens; None runs it at once. halt is asked before every piece and every step, and
+    ends the iterator. ``timings`` is filled while the loop runs; the time its consumer takes is not
+    counted.
     """
     start = time.perf_counter()
     chunk = prefill_chunk or len(prompt_ids)
     for at in range(0, len(prompt_ids), chunk):
         if halt():
             return
-        logits = state.step(prompt_ids[at : at + chunk], image_index[at : at + chunk])
+        piece = slice(at, at + chunk)
+        logits = state.step(prompt_ids[piece], image_index[piece], positions[:, piece])
     token = choose(logits)
     timings.prefill_s = time.perf_counter() - start
     yield token

@@ -1,4 +1,5 @@
-"""Images to pixel_values in NumPy and Pillow, equal to Hugging Face's PIL image processor.
+"""An image in NumPy and Pillow, as Hugging Face's PIL image processors treat it: opened, resized,
+normalised. What all kinds of image_spec.py share, and the kind "whole".
 
 Every step does the same arithmetic in the same order and dtype as transformers 5.23's PilBackend
 (`image_processing_backends.py`, `image_transforms.py`): transparency is composited on white, resize
@@ -14,15 +15,15 @@ import io
 import math
 import os
 import struct
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from qvlm_runtime.backend import Array
 from qvlm_runtime.errors import ImageError
 from qvlm_runtime.frames import host_array
-from qvlm_runtime.manifest import ImageSpec
+from qvlm_runtime.image_spec import Layout, PixelSpec, WholeImage
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -78,23 +79,6 @@ def open_image(source: Any, where: str = "image") -> Image.Image:
         raise ImageError(f"{where}: cannot be decoded ({_line(error)}).") from error
 
 
-def pixel_values(images: Sequence[Any], spec: ImageSpec) -> Pixels:
-    """Preprocess images (anything ``open_image`` takes) to float32 [N, 3, H, W].
-
-    ImageError if one cannot be read, or if they come out in different sizes.
-    """
-    arrays = [preprocess(source, spec, f"image {i + 1}") for i, source in enumerate(images)]
-    check_shapes(arrays)
-    return np.stack(arrays)
-
-
-def check_shapes(arrays: Sequence[Pixels]) -> None:
-    """ImageError if preprocessed images have different sizes."""
-    sizes = {array.shape for array in arrays}
-    if len(sizes) > 1:
-        raise ImageError(f"images come out in different shapes {sorted(sizes)}, expected one.")
-
-
 def to_rgb(image: Image.Image) -> Image.Image:
     """RGB, with any transparency composited on white."""
     from PIL import Image
@@ -107,7 +91,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def resized_shape(height: int, width: int, resize: tuple[Any, ...]) -> tuple[int, int]:
-    """(height, width) after ``ImageSpec.resize``; the longer edge is rounded down."""
+    """(height, width) after ``WholeImage.resize``; the longer edge is rounded down."""
     if resize[0] == "exact":
         return int(resize[1]), int(resize[2])
     edge = int(resize[1])
@@ -133,10 +117,8 @@ def centre_crop(pixels: NDArray[Any], size: tuple[int, int]) -> NDArray[Any]:
     return canvas[:, max(0, top) : top + size[0], max(0, left) : left + size[1]]
 
 
-def preprocess(source: Any, spec: ImageSpec, where: str) -> Pixels:
-    """One image (anything ``open_image`` takes) to float32 [3, H, W]. ImageError."""
-    from PIL import Image
-
+def rgb(source: Any, spec: PixelSpec, where: str) -> NDArray[np.uint8]:
+    """An image (anything ``open_image`` takes) as uint8 [H, W, 3]. ImageError."""
     image = open_image(source, where)
     array = np.array(to_rgb(image) if spec.convert_rgb else image)
     if array.ndim != 3 or array.shape[2] != 3 or array.dtype != np.uint8:
@@ -144,27 +126,67 @@ def preprocess(source: Any, spec: ImageSpec, where: str) -> Pixels:
             f"{where}: mode {image.mode} gives {array.dtype} {array.shape}, expected RGB. "
             'Convert it with image.convert("RGB").'
         )
-    if spec.resize is not None:
-        height, width = resized_shape(array.shape[0], array.shape[1], spec.resize)
-        limit = Image.MAX_IMAGE_PIXELS
-        if limit is not None and height * width > limit:
-            raise ImageError(
-                f"{where}: {array.shape[1]} x {array.shape[0]} pixels become {width} x {height}, "
-                f"more than {limit} pixels. Crop the image first."
-            )
-        rgb = Image.fromarray(array)
-        array = np.array(rgb.resize((width, height), resample=Image.Resampling(spec.resample)))
-    pixels: NDArray[Any] = np.moveaxis(array, -1, 0)
-    if spec.crop is not None:
-        pixels = centre_crop(pixels, spec.crop)
+    return array
+
+
+def resized(
+    array: NDArray[np.uint8], size: tuple[int, int], spec: PixelSpec, where: str
+) -> NDArray[np.uint8]:
+    """uint8 [h, w, 3] of ``size`` (height, width). ImageError beyond Pillow's largest image."""
+    from PIL import Image
+
+    height, width = size
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and height * width > limit:
+        raise ImageError(
+            f"{where}: {array.shape[1]} x {array.shape[0]} pixels become {width} x {height}, "
+            f"more than {limit} pixels. Crop the image first."
+        )
+    image = Image.fromarray(array)
+    return np.array(image.resize((width, height), resample=Image.Resampling(spec.resample)))
+
+
+def normalised(pixels: NDArray[np.uint8], spec: PixelSpec) -> Pixels:
+    """uint8 [..., 3, H, W] rescaled and normalised, float32."""
+    values: NDArray[Any] = pixels
     if spec.rescale is not None:
-        pixels = (pixels.astype(np.float64) * spec.rescale).astype(np.float32)
-    pixels = pixels.astype(np.float32, copy=False)
+        values = (values.astype(np.float64) * spec.rescale).astype(np.float32)
+    values = values.astype(np.float32, copy=False)
     if spec.mean is not None and spec.std is not None:
         mean = np.array(spec.mean, np.float32)[:, None, None]
         std = np.array(spec.std, np.float32)[:, None, None]
-        pixels = (pixels - mean) / std
-    return np.ascontiguousarray(pixels)
+        values = (values - mean) / std
+    return np.ascontiguousarray(values)
+
+
+def whole_layout(spec: WholeImage, height: int, width: int) -> Layout:
+    """One tile, whatever the size."""
+    return Layout(1, spec.rows, (0, 0))
+
+
+def whole_extremes(spec: WholeImage) -> tuple[Layout, Layout]:
+    """One tile in any case."""
+    return (whole_layout(spec, 0, 0),) * 2
+
+
+def whole_shapes(spec: WholeImage, layout: Layout) -> dict[str, tuple[int, ...]]:
+    """Shape of pixel_values; ImageError if the spec does not fix it."""
+    exact = spec.resize[1:] if spec.resize is not None and spec.resize[0] == "exact" else None
+    size = spec.crop or exact
+    if size is None:
+        raise ImageError("image settings: images come out in any size, expected a fixed one.")
+    return {"pixel_values": (1, 3, int(size[0]), int(size[1]))}
+
+
+def whole_arrays(spec: WholeImage, array: NDArray[np.uint8], where: str) -> dict[str, Array]:
+    """uint8 [H, W, 3] to pixel_values float32 [1, 3, h, w]. ImageError."""
+    if spec.resize is not None:
+        size = resized_shape(array.shape[0], array.shape[1], spec.resize)
+        array = resized(array, size, spec.pixels, where)
+    pixels: NDArray[Any] = np.moveaxis(array, -1, 0)
+    if spec.crop is not None:
+        pixels = centre_crop(pixels, spec.crop)
+    return {"pixel_values": normalised(pixels, spec.pixels)[None]}
 
 
 def _line(error: Exception) -> str:

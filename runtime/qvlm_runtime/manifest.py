@@ -9,9 +9,23 @@
 
 Contract of the two graphs (batch is always 1; F is the target's float type):
 
-    vision    pixel_values F [N, 3, H, W]  ->  image_features F [N * tokens_per_image, hidden]
-    decoder   input_ids, image_index (row of image_features or -1), position_ids: int64 [1, S];
-              image_features F [M, hidden], M >= 1 also when no token uses it
+    vision    by the image spec's kind (image_spec.py), one image a run:
+      whole, split, canvas    pixel_values F [N, 3, H, W], N tiles; a graph with N fixed to 1 is run
+                              tile by tile  ->  image_features F [N * rows, feature]
+      anyres                  also feature_index int64 [M]: which of the tiles' rows in order, with
+                              the newline row behind them, become the image's
+                              ->  image_features F [M, feature]
+      patches                 pixel_values F [P, 3 * temporal * patch * patch]; patch_positions int64
+                              [P, 2], line and column of each patch
+                              with ``window``: window_index int64 [P / merge^2], the order of groups
+                              of patches; window_inverse, its inverse; window_segments int64 [P], the
+                              window of each patch in that order
+                              with ``position_side``: position_index int64 [4, P], position_weights
+                              F [4, P]: corners in the table of positions, and their shares
+                              ->  image_features F [P / merge^2, feature]
+    decoder   input_ids, image_index (row of image_features or -1): int64 [1, S]; position_ids int64
+              [1, S], or [3, S] (time, line, column) where positions is "mrope";
+              image_features F [M, feature], M >= 1 also when no token uses it
               ->  logits F [1, 1, vocab], last position
       cache "scatter": past_key_i, past_value_i F [1, kv_heads, C, head_dim], write_index int64 [1]
               (slot of the first new row), kv_len int64 [1] (= write_index + S)
@@ -30,19 +44,41 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from qvlm_runtime.errors import FolderError
+from qvlm_runtime.image_spec import ImageSpec, parse_image, wrong_values
 
-SCHEMA = 1
+SCHEMA = 2
 CacheForm = Literal["scatter", "append"]
 CACHE_FORMS = ("scatter", "append")
 DTYPES = ("float32", "float16", "bfloat16")
+Positions = Literal["sequential", "mrope"]
+POSITIONS = ("sequential", "mrope")
+
+
+@dataclass(frozen=True)
+class MarkerSpec:
+    """The text that stands in the prompt for one image, in place of its marker (the image token).
+
+    "{image}" is a run of image tokens, one for each row of the image's features. ``whole`` is for
+    an image that is not cut. Where ``tile`` is given and the image is cut: ``tile`` for each tile
+    ("{line}" and "{column}" count from 1, "{image}" is that tile's rows), ``line`` behind each line
+    of tiles, ``last`` for the tile of the whole image. leading: the images' texts stand before the
+    first token that the tokenizer adds, and the markers vanish.
+    """
+
+    whole: str = "{image}"
+    tile: str = ""
+    line: str = ""
+    last: str = ""
+    leading: bool = False
 
 
 @dataclass(frozen=True)
 class ModelSpec:
     """The numbers generic code needs to drive the graphs.
 
-    template_tokens holds the tokenizer's special_tokens_map ("bos_token": "<s>", …): the names a
-    chat template reads.
+    feature_size: width of a row of image_features. positions: rule of position_ids, see
+    positions.py. template_tokens holds the tokenizer's special_tokens_map ("bos_token": "<s>", …):
+    the names a chat template reads.
     """
 
     family: str
@@ -55,25 +91,10 @@ class ModelSpec:
     eos_token_ids: tuple[int, ...]
     image_token: str
     image_token_id: int
-    tokens_per_image: int
+    feature_size: int
+    positions: Positions = "sequential"
+    marker: MarkerSpec = MarkerSpec()
     template_tokens: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class ImageSpec:
-    """Image processor settings: resize, crop, rescale, normalise, in this order, each optional.
-
-    resize is ("shortest_edge", n) or ("exact", h, w) or None; crop is a centre crop (h, w) or None;
-    resample is Pillow's number.
-    """
-
-    resize: tuple[Any, ...] | None
-    crop: tuple[int, int] | None
-    resample: int
-    rescale: float | None
-    mean: tuple[float, float, float] | None
-    std: tuple[float, float, float] | None
-    convert_rgb: bool = True
 
 
 @dataclass(frozen=True)
@@ -176,13 +197,11 @@ class Manifest:
 def _parse(data: dict[str, Any]) -> Manifest:
     model = dict(data["model"])
     model["eos_token_ids"] = tuple(model["eos_token_ids"])
-    image: dict[str, Any] = {
-        k: tuple(v) if isinstance(v, list) else v for k, v in data["image"].items()
-    }
+    model["marker"] = MarkerSpec(**model["marker"])
     return Manifest(
         str(data["version"]),
         ModelSpec(**model),
-        ImageSpec(**image),
+        parse_image(data["image"]),
         {name: _target(target) for name, target in data["targets"].items()},
         {name: FileEntry(**entry) for name, entry in data["files"].items()},
         data["recipe"],
@@ -196,16 +215,9 @@ def _target(data: dict[str, Any]) -> TargetSpec:
 
 def _wrong_values(manifest: Manifest) -> Iterator[str]:
     """A hand-edited value is named here, with its key, and not by a TypeError in a later layer."""
-    model = manifest.model
-    for key, value in vars(model).items():
-        kind = ModelSpec.__annotations__[key]
-        if kind == "str" and not isinstance(value, str):
-            yield f"model.{key} is {value!r}, expected a string"
-        if kind == "int" and (type(value) is not int or value < (key != "image_token_id")):
-            yield f"model.{key} is {value!r}, expected a positive integer"
-    if not all(type(token) is int for token in model.eos_token_ids):
-        yield f"model.eos_token_ids is {model.eos_token_ids!r}, expected integers"
-    maps: dict[str, Any] = {"model.template_tokens": model.template_tokens}
+    yield from _wrong_model(manifest.model)
+    yield from wrong_values(manifest.image)
+    maps: dict[str, Any] = {"model.template_tokens": manifest.model.template_tokens}
     for name, target in manifest.targets.items():
         maps[f"targets.{name}.graphs"] = target.graphs
         yield from _wrong_engines(name, target)
@@ -216,6 +228,22 @@ def _wrong_values(manifest: Manifest) -> Iterator[str]:
     for key, value in maps.items():
         if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
             yield f"{key} is {value!r}, expected a map of strings"
+
+
+def _wrong_model(model: ModelSpec) -> Iterator[str]:
+    for key, value in vars(model).items():
+        kind = ModelSpec.__annotations__[key]
+        if kind == "str" and not isinstance(value, str):
+            yield f"model.{key} is {value!r}, expected a string"
+        if kind == "int" and (type(value) is not int or value < (key != "image_token_id")):
+            yield f"model.{key} is {value!r}, expected a positive integer"
+    if not all(type(token) is int for token in model.eos_token_ids):
+        yield f"model.eos_token_ids is {model.eos_token_ids!r}, expected integers"
+    if model.positions not in POSITIONS:
+        yield f"model.positions is {model.positions!r}, expected one of {POSITIONS}"
+    for key, value in vars(model.marker).items():
+        if not isinstance(value, bool if key == "leading" else str):
+            yield f"model.marker.{key} is {value!r}, expected a string (leading: true or false)"
 
 
 def _wrong_engines(name: str, target: TargetSpec) -> Iterator[str]:

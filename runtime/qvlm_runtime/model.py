@@ -15,12 +15,10 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
-from qvlm_runtime import image as image_processing
 from qvlm_runtime.aio import AsyncStream
 from qvlm_runtime.backend import (
     FAST,
     PLAN_BACKENDS,
-    Array,
     DeviceArray,
     Session,
     as_host,
@@ -28,7 +26,7 @@ from qvlm_runtime.backend import (
     open_session,
 )
 from qvlm_runtime.budget import CacheBudget
-from qvlm_runtime.chat import Chat, ChatTemplate, Message, chat
+from qvlm_runtime.chat import ChatTemplate, Message, chat
 from qvlm_runtime.context import Context
 from qvlm_runtime.conversation import Conversation, WhenFull
 from qvlm_runtime.decoder import Decoder, Features
@@ -38,11 +36,15 @@ from qvlm_runtime.errors import ImageError, PromptError
 from qvlm_runtime.features import FeatureCache, Picture
 from qvlm_runtime.generate import Timings, never, new_token_limit
 from qvlm_runtime.grammar import JsonGrammars
+from qvlm_runtime.image import whole_layout
+from qvlm_runtime.image_spec import Layout, WholeImage
 from qvlm_runtime.manifest import Manifest, read_manifest, verify_files
 from qvlm_runtime.options import OptionArguments, Options
-from qvlm_runtime.prompt import Prompt, expand_images
+from qvlm_runtime.positions import prompt_positions
+from qvlm_runtime.prompt import Prompt, prompt_tokens
 from qvlm_runtime.stream import Generation, Request, Stream
 from qvlm_runtime.tokenizer import Tokenizer
+from qvlm_runtime.vision import extremes, input_shapes, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -160,67 +162,82 @@ class Model:
         return Request(prompt, options, chooser, limit, timings, dropped_messages)
 
     def prepare(self, question: Question, images: Sequence[Any] = ()) -> Prompt:
-        """Chat template, tokens, image markers and pixels of a question.
+        """Chat template, tokens, image markers and preprocessed images of a question.
 
         PromptError if markers and images differ, ImageError if an image cannot be read.
         """
         talk = chat(question, images)
-        text, token_ids, image_index = self._tokens(talk)
+        text = self.template.render(talk.messages)
+        least = [self._least_layout(image) for image in talk.images]
         # The cheap test comes first: a prompt of a thousand images is refused before any is read.
-        new_token_limit(len(token_ids), None, self.decoder.max_rows)
+        new_token_limit(len(self._tokens(text, least)[0]), None, self.decoder.max_rows)
         pictures = self.pictures(talk.images)
-        per = self.manifest.model.tokens_per_image
-        return Prompt(text, token_ids, image_index, pictures, per)
+        layouts = [picture.layout for picture in pictures]
+        token_ids, image_index = self._tokens(text, layouts)
+        positions = prompt_positions(self.manifest.model.positions, image_index, layouts)
+        return Prompt(text, token_ids, image_index, positions, pictures)
 
     def count_tokens(self, question: Question, images: Sequence[Any] = ()) -> int:
-        """Tokens of a question's prompt; no image is read. PromptError as in ``prepare``."""
-        return len(self._tokens(chat(question, images))[1])
-
-    def _tokens(self, talk: Chat) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
-        """The prompt's text, its token ids with expanded image markers, and image_index."""
-        spec = self.manifest.model
+        """Tokens of a question's prompt. Images are read only where their size decides how many
+        tokens they take. PromptError and ImageError as in ``prepare``.
+        """
+        talk = chat(question, images)
         text = self.template.render(talk.messages)
+        layouts = [self._least_layout(image) for image in talk.images]
+        if not isinstance(self.manifest.image, WholeImage):
+            layouts = [picture.layout for picture in self.pictures(talk.images)]
+        return len(self._tokens(text, layouts)[0])
+
+    def _least_layout(self, image: Any) -> Layout:
+        """A picture's own layout, else the one that takes the fewest rows."""
+        return image.layout if isinstance(image, Picture) else extremes(self.manifest.image)[0]
+
+    def _tokens(
+        self, text: str, layouts: Sequence[Layout]
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Token ids of a rendered chat with expanded image markers, and image_index."""
         # As transformers does: a template that writes the first token itself gets no second one.
-        bos = spec.template_tokens.get("bos_token")
-        ids = self.tokenizer.encode(text, not (bos and text.startswith(bos)))
-        markers = ids.count(spec.image_token_id)
-        if markers != len(talk.images):
-            raise PromptError(
-                f"the prompt has {markers} image markers ({spec.image_token}) and "
-                f"{len(talk.images)} images, expected as many images as markers."
-            )
-        if not ids:
+        bos = self.manifest.model.template_tokens.get("bos_token")
+
+        def encode(words: str) -> list[int]:
+            return self.tokenizer.encode(words, not (bos and words.startswith(bos)))
+
+        found = prompt_tokens(text, self.manifest.model, layouts, encode)
+        if not found[0]:
             raise PromptError("the prompt is empty, expected at least one token.")
-        return text, *expand_images(ids, spec.image_token_id, spec.tokens_per_image)
+        return found
 
     def pictures(self, images: Sequence[Any]) -> tuple[Picture, ...]:
         """Preprocess images, each once; a Picture is passed on as it is. ImageError."""
-        pictures = tuple(
+        return tuple(
             source if isinstance(source, Picture) else self._picture(source, f"image {i + 1}")
             for i, source in enumerate(images)
         )
-        host = [one.pixels for one in pictures if not isinstance(one.pixels, DeviceArray)]
-        image_processing.check_shapes(host)
-        return pictures
 
     def _picture(self, source: Any, where: str) -> Picture:
         # On the CPU such an array goes on, to be refused by the name of its device.
         array = None if self.backend == "ort" else device_array(source, where)
+        spec = self.manifest.image
         if array is None:
-            pixels = image_processing.preprocess(source, self.manifest.image, where)
-            return Picture.of(pixels, self._feature_salt)
+            layout, inputs = prepare(source, spec, where)
+            return Picture.of(inputs, layout, self._feature_salt)
+        if not isinstance(spec, WholeImage):
+            raise ImageError(
+                f"{where}: an array in CUDA memory, expected an image in host memory: this model "
+                "cuts images up there. Copy the array first."
+            )
         info = self.vision.inputs["pixel_values"]
         if (array.dtype, array.shape) != (info.dtype, info.shape[1:]):
             raise ImageError(
                 f"{where}: {array.dtype} {list(array.shape)} in CUDA memory, expected "
                 f"preprocessed pixel_values {info.dtype} {list(info.shape[1:])}."
             )
-        return Picture.on_device(array)
+        return Picture.on_device(array, whole_layout(spec, 0, 0))
 
     def features(
         self, pictures: Sequence[Picture], timings: Timings, halt: Callable[[], bool] = never
     ) -> Features | None:
-        """Features of the pictures in order, tokens_per_image rows each; None without any.
+        """Features of the pictures in order; None without any.
 
         Those in the cache are taken from it and counted in timings.cached_images. ``halt`` is asked
         before each run of the graph; when it says so the rest is left out.
@@ -231,7 +248,7 @@ class Model:
             if found is None:
                 if halt():
                     break
-                found = self.image_features([picture.pixels])
+                found = self.image_features([picture])
                 if picture.hashed:
                     self.feature_cache.put(picture.key, found)
             else:
@@ -239,28 +256,31 @@ class Model:
             pieces.append(found)
         return Features.join(self.decoder.session, pieces) if pieces else None
 
-    def image_features(self, pixels: Sequence[Array | DeviceArray] | Array) -> Features:
+    def image_features(self, pictures: Sequence[Picture]) -> Features:
         """Run the vision graph, one image at a time; the result stays where the engine computes.
 
-        pixels: of each image [3, H, W], on the host or in CUDA memory. One at a time, so that
-        memory does not grow with the number of images.
+        One at a time, so that memory does not grow with the number of images.
         """
-        spec, dtype = self.manifest.model, self.vision.inputs["pixel_values"].dtype
-        shape = (spec.tokens_per_image, spec.hidden_size)
-        pieces = []
-        for one in pixels:
-            binding = self.vision.binding()
-            if isinstance(one, DeviceArray):
-                binding.place("pixel_values", self.vision.borrow(one), 0, (1, *one.shape))
-            else:
-                binding.host("pixel_values", as_host(one[None], dtype))
-            buffer = self.vision.buffer(
-                shape[0] * shape[1], self.vision.outputs["image_features"].dtype
-            )
-            binding.place("image_features", buffer, 0, shape)
-            binding.run()
-            pieces.append(Features(buffer, shape[0]))
+        pieces = [self._one_image(picture) for picture in pictures]
         return Features.join(self.decoder.session, pieces)
+
+    def _one_image(self, picture: Picture) -> Features:
+        """A graph that fixes the number of tiles to one is run tile by tile."""
+        layout, width = picture.layout, self.manifest.model.feature_size
+        output = self.vision.outputs["image_features"]
+        buffer = self.vision.buffer(layout.rows * width, output.dtype)
+        runs = layout.tiles if self.vision.inputs["pixel_values"].shape[0] == 1 else 1
+        binding, rows = self.vision.binding(), layout.rows // runs
+        for run in range(runs):
+            for name, array in picture.inputs.items():
+                if isinstance(array, DeviceArray):
+                    binding.place(name, self.vision.borrow(array), 0, array.shape)
+                else:
+                    piece = array[run : run + 1] if runs > 1 else array
+                    binding.host(name, as_host(piece, self.vision.inputs[name].dtype))
+            binding.place("image_features", buffer, run * rows * width, (rows, width))
+            binding.run()
+        return Features(buffer, layout.rows)
 
     def close(self) -> None:
         """Release the graphs and let go of the image features; a later generation raises SessionError."""
@@ -328,7 +348,8 @@ def load(
         )
 
     vision = opened("vision")
-    missing_tensors(vision, str(paths["vision"]), ["pixel_values"], ["image_features"])
+    inputs = input_shapes(manifest.image, extremes(manifest.image)[0])
+    missing_tensors(vision, str(paths["vision"]), list(inputs), ["image_features"])
     decoder = Decoder(opened("decoder"), manifest.model, spec, str(paths["decoder"]))
     return Model(
         manifest,

@@ -191,18 +191,19 @@ class _Answer:
         request, model = self.request, self._model
         timings = request.timings
         timings.cached_tokens = kept
-        token_ids, image_index, pictures = request.prompt.behind(kept)
-        timings.cached_images = len(request.prompt.pictures) - len(pictures)
+        part = request.prompt.behind(kept)
+        timings.cached_images = len(request.prompt.pictures) - len(part.pictures)
         start = time.perf_counter()
-        features = model.features(pictures, timings, self._halt)
+        features = model.features(part.pictures, timings, self._halt)
         timings.vision_s = time.perf_counter() - start
         if self._halt():
             return
         context.state.set_features(features)
         yield from tokens(
             context.state,
-            token_ids,
-            image_index,
+            part.token_ids,
+            part.image_index,
+            part.positions,
             request.chooser,
             model.stop_ids,
             request.limit,

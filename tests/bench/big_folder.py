@@ -27,7 +27,8 @@ from qvlm_export.ops import INT64_MAX
 from qvlm_export.qdq import linear
 from qvlm_export.targets import named_target
 from qvlm_export.weights import Weights, write_model
-from qvlm_runtime.manifest import ImageSpec, Manifest, TargetSpec, digest
+from qvlm_runtime.image_spec import PixelSpec, WholeImage
+from qvlm_runtime.manifest import Manifest, TargetSpec, digest
 
 TEMPLATE = (
     "{% for m in messages %}{% for p in m['content'] %}"
@@ -83,9 +84,9 @@ def main() -> None:
         family="llava",
         image_token="<image>",
         image_token_id=shape.vocab - 1,
-        tokens_per_image=tower.patches,
     )
-    image = ImageSpec(("shortest_edge", side), (side, side), 3, 1 / 255, CLIP_MEAN, CLIP_STD)
+    pixels_spec = PixelSpec(3, 1 / 255, CLIP_MEAN, CLIP_STD)
+    image = WholeImage(pixels_spec, tower.patches, ("shortest_edge", side), (side, side))
     graphs = {name: f"ort/{name}.onnx" for name in ("vision", "decoder")}
     targets = {"ort": TargetSpec(target.dtype, target.opset, target.cache, graphs)}
     files = {str(p.relative_to(out)): digest(p) for p in sorted(out.rglob("*")) if p.is_file()}

@@ -33,6 +33,7 @@ from qvlm_export.targets import named_target
 from qvlm_export.weights import Weights, write_model
 from qvlm_runtime.backend import FAST, open_session
 from qvlm_runtime.decoder import Decoder, DecoderState
+from qvlm_runtime.image_spec import PixelSpec, WholeImage
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
 
 CONTEXTS = (256, 512, 1024, 2048)
@@ -103,8 +104,12 @@ class Shape:
             eos_token_ids=(2,),
             image_token="<image>",
             image_token_id=self.vocab - 1,
-            tokens_per_image=1,
+            feature_size=self.hidden,
         )
+
+
+# Shapes of these benches are those of a decoder alone; profiles ask for an image of one row.
+NO_IMAGES = WholeImage(PixelSpec(3, None, None, None), 1, ("exact", 1, 1), None)
 
 
 def write_checkpoint(folder: Path, shape: Shape, quantized: bool) -> Checkpoint:

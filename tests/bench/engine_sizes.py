@@ -22,14 +22,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from decode import HEAD, PREFIX, Shape
+from decode import HEAD, NO_IMAGES, PREFIX, Shape
 
 from qvlm.affine import quantize_weight
 from qvlm.checkpoint import Checkpoint, CheckpointWriter, QuantizedLinear
 from qvlm.progress import reporter
 from qvlm.quantize import quantize
 from qvlm.recipe import RECIPES
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.builder import profiles
 from qvlm_export.facts import graph_facts
 from qvlm_export.graph import GraphBuilder
@@ -50,7 +50,9 @@ def demo_bytes(work: Path, recipe: str, sm: int) -> dict[str, int]:
     )
     spec = build(checkpoint, named_target("rtx"), work / f"{recipe}-graphs", None, reporter())
     model = model_spec(checkpoint)
-    _, rows = compile_target(work / f"{recipe}-graphs", spec, model, reporter(), (sm,))
+    _, rows = compile_target(
+        work / f"{recipe}-graphs", spec, model, image_spec(checkpoint), reporter(), (sm,)
+    )
     return {row.engine.rpartition("/")[2]: row.bytes for row in rows}
 
 
@@ -91,7 +93,9 @@ def decoder_bytes(work: Path, shape: Shape, recipe: str, sm: int) -> int:
     decoder(builder, shape.config(), PREFIX, HEAD, shape.positions, "bench")
     path = folder / "decoder.onnx"
     write_model(builder.model("bench"), path, reporter())
-    plan, kernels = compile_graph(path, profiles("decoder", shape.spec()), sm, progress=reporter())
+    plan, kernels = compile_graph(
+        path, profiles("decoder", shape.spec(), NO_IMAGES), sm, progress=reporter()
+    )
     check_kernels(kernels, graph_facts(path), f"{recipe}, {shape.layers} layers")
     return len(plan)
 

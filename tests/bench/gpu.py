@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import onnx
-from decode import HEAD, PREFIX, Shape
+from decode import HEAD, NO_IMAGES, PREFIX, Shape
 from engine_sizes import write_checkpoint
 
 from qvlm.checkpoint import Checkpoint
@@ -226,7 +226,9 @@ def rtx(work: Path, args: argparse.Namespace) -> dict[str, Any]:
     """Compile w4a16 of the first shape for this GPU with TensorRT for RTX, open it, time it."""
     shape, sm = SHAPES[args.shapes[0]], device().capability
     path, spec = graph_file(work, shape, "w4a16", "rtx")
-    plan, _ = compile_graph(path, profiles("decoder", shape.spec()), sm, progress=reporter())
+    plan, _ = compile_graph(
+        path, profiles("decoder", shape.spec(), NO_IMAGES), sm, progress=reporter()
+    )
     path.with_suffix(".plan").write_bytes(plan)
     session = open_session(path.with_suffix(".plan"), backend="tensorrt-rtx")
     return {"shape": args.shapes[0], **timed(Decoder(session, shape.spec(), spec), args)}

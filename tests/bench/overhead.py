@@ -106,7 +106,8 @@ def pieces(
 def loop_us(decoder_: Decoder, tokenizer: Tokenizer, sampling: Sampling) -> float:
     """Median microseconds of a token in the real loop."""
     state, detokenizer, stops = decoder_.start(512), Detokenizer(tokenizer), StopText(["\n\n"])
-    stream = tokens(state, [5] * 32, [-1] * 32, sampling.chooser(), (), STEPS + 20, Timings())
+    positions, limit = np.arange(32)[None], STEPS + 20
+    stream = tokens(state, [5] * 32, [-1] * 32, positions, sampling.chooser(), (), limit, Timings())
     for _ in range(19):
         next(stream)
     return median_us(lambda: stops.push(detokenizer.push(next(stream))))

@@ -22,7 +22,7 @@ from qvlm.evaluate import answers, load_quantized
 from qvlm.progress import silent
 from qvlm.recipe import RECIPES
 from qvlm.source import Loaded, load, open_source
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.conform import check
 from qvlm_export.pipeline import Request, Result, export
 from qvlm_export.rtx import compile_target
@@ -93,8 +93,7 @@ def continued(loaded: Loaded, question: Question, steps: int) -> tuple[list[int]
 def replay(model: Model, question: Question, tokens: list[int]) -> np.ndarray:
     """Logits [len(tokens), vocab]: prefill, then every token but the last fed through the cache."""
     prompt = model.prepare(question.prompt, question.open_images())
-    assert prompt.pixels is not None
-    features = model.image_features(prompt.pixels)
+    features = model.image_features(prompt.pictures)
     state = model.decoder.start(len(prompt.token_ids) + len(tokens), features)
     rows = [state.step(prompt.token_ids, prompt.image_index)]
     return np.stack(rows + [state.step((token,)) for token in tokens[:-1]])
@@ -182,7 +181,7 @@ def test_the_demo_compiles_with_its_integers(
     checkpoint = Checkpoint(work / "w4a16.checkpoint")
     model = model_spec(checkpoint)
     spec = build(checkpoint, named_target("rtx"), tmp_path, None, silent)
-    _, rows = compile_target(tmp_path, spec, model, silent, (sm,))
+    _, rows = compile_target(tmp_path, spec, model, image_spec(checkpoint), silent, (sm,))
     assert [row.checked for row in rows] == ["constants", "constants"]
     decoder = next(row for row in rows if row.engine.endswith("decoder"))
     assert decoder.int4_products == 4 * model.layers  # q/k/v and gate/up are joined

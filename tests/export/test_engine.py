@@ -20,7 +20,7 @@ from device_support import machine
 from qvlm.errors import ExportError
 from qvlm.progress import silent
 from qvlm_export import cli
-from qvlm_export.build import model_spec
+from qvlm_export.build import image_spec, model_spec
 from qvlm_export.builder import Options, profiles
 from qvlm_export.facts import GraphFacts, Product
 from qvlm_export.kernels import check, check_kernel_names, check_kernels, kernels_of_engine
@@ -242,10 +242,10 @@ def test_a_list_that_tells_nothing_is_not_called_checked(
 
 def test_a_cache_in_place_needs_no_profile_for_the_past(built: Callable[..., Any]) -> None:
     _, _, checkpoint = built("w4a16", "jetpack6")
-    model = model_spec(checkpoint)
-    assert set(profiles("decoder", model, "scatter")) == {"prefill", "decode"}
-    assert not any("past" in name for name in profiles("decoder", model, "scatter")["decode"])
-    assert profiles("vision", model) == {}
+    specs = model_spec(checkpoint), image_spec(checkpoint)
+    assert set(profiles("decoder", *specs, "scatter")) == {"prefill", "decode"}
+    assert not any("past" in name for name in profiles("decoder", *specs, "scatter")["decode"])
+    assert profiles("vision", *specs) == {}
 
 
 def test_the_command_builds_and_reports(

@@ -189,11 +189,12 @@ def test_specs_of_the_manifest(built: Callable[..., Any]) -> None:
     _, _, checkpoint = built("float", "ort")
     model = model_spec(checkpoint, 100)
     assert (model.layers, model.kv_heads, model.head_dim, model.max_context) == (2, 2, 64, 100)
-    assert (model.image_token, model.image_token_id, model.tokens_per_image) == ("<image>", 7, 9)
+    assert (model.image_token, model.image_token_id, model.feature_size) == ("<image>", 7, 384)
     assert model.eos_token_ids == (2,)
     image = image_spec(checkpoint)
     assert (image.resize, image.crop) == (("shortest_edge", 24), (24, 24))
-    assert image.rescale == pytest.approx(1 / 255, rel=1e-12)
+    assert (image.kind, image.rows) == ("whole", 9)
+    assert image.pixels.rescale == pytest.approx(1 / 255, rel=1e-12)
 
 
 @pytest.mark.parametrize(

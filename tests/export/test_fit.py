@@ -18,7 +18,7 @@ import pytest
 from onnx import helper, numpy_helper, parser
 
 from qvlm.errors import ExportError
-from qvlm_export.build import model_spec
+from qvlm_export.build import image_spec, model_spec
 from qvlm_export.cli import main
 from qvlm_export.conform.view import GraphView
 from qvlm_export.fit import GIB, Device, fit, named_device, peak_bytes
@@ -63,7 +63,7 @@ def test_a_slice_to_an_input_is_counted_by_its_value(tmp_path: Path) -> None:
 def test_weights_and_cache_are_the_models(built: Callable[..., Any], target: str) -> None:
     folder, spec, checkpoint = built("float", target)
     model = model_spec(checkpoint)
-    found = fit(folder, target, spec, model, named_device("thor"))
+    found = fit(folder, target, spec, model, image_spec(checkpoint), named_device("thor"))
     stored = sum(
         numpy_helper.to_array(tensor).nbytes
         for path in spec.graphs.values()
@@ -84,7 +84,9 @@ def test_int4_weights_count_half_a_byte(built: Callable[..., Any]) -> None:
     for recipe in ("float", "w4a16"):
         folder, spec, checkpoint = built(recipe, "jetpack6")
         device = named_device("thor")
-        sizes[recipe] = fit(folder, "jetpack6", spec, model_spec(checkpoint), device).weights
+        sizes[recipe] = fit(
+            folder, "jetpack6", spec, model_spec(checkpoint), image_spec(checkpoint), device
+        ).weights
     linears = sum(
         checkpoint.tensor(f"{name}.weight_shape").prod()
         for name, entry in checkpoint.linears.items()
@@ -99,7 +101,9 @@ def test_the_context_is_the_largest_that_fits(built: Callable[..., Any]) -> None
     model = model_spec(checkpoint)
 
     def at(usable: int) -> Any:
-        return fit(folder, "jetpack6", spec, model, Device("d", 2 * GIB + usable))
+        return fit(
+            folder, "jetpack6", spec, model, image_spec(checkpoint), Device("d", 2 * GIB + usable)
+        )
 
     whole = at(1 << 30)
     least = whole.weights + whole.activations + whole.cache_per_token * whole.context
@@ -116,7 +120,7 @@ def test_the_context_is_the_largest_that_fits(built: Callable[..., Any]) -> None
 def test_a_tensor_too_large_for_one_piece_is_told(built: Callable[..., Any]) -> None:
     folder, spec, checkpoint = built("float", "jetpack6")
     small = Device("d", 16 * GIB, piece=200_000)
-    found = fit(folder, "jetpack6", spec, model_spec(checkpoint), small)
+    found = fit(folder, "jetpack6", spec, model_spec(checkpoint), image_spec(checkpoint), small)
     assert found.context and not found.fits
     assert "may be refused in one piece" in found.lines()[-1]
 
@@ -150,5 +154,6 @@ def test_engines_count_where_there_are_some(built: Callable[..., Any], tmp_path:
             (tmp_path / "out" / path).write_bytes(bytes(size))
     with_engines = replace(spec, engines=engines)
     device = named_device("thor")
-    found = fit(tmp_path / "out", "rtx", with_engines, model_spec(checkpoint), device)
+    specs = model_spec(checkpoint), image_spec(checkpoint)
+    found = fit(tmp_path / "out", "rtx", with_engines, *specs, device)
     assert found.weights == 6000

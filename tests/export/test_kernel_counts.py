@@ -18,7 +18,7 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.progress import silent
 from qvlm.recipe import RECIPES, Recipe
 from qvlm_export import rtx
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.builder import profiles
 from qvlm_export.facts import graph_facts
 from qvlm_export.graph import GraphBuilder
@@ -52,7 +52,7 @@ def compiled(folder: Path, target: Target, checkpoint: Checkpoint, sm: int) -> d
     spec = build(checkpoint, target, folder, None, silent)
     found = {}
     for stem, path in spec.graphs.items():
-        shapes = profiles(stem, model_spec(checkpoint), spec.cache)
+        shapes = profiles(stem, model_spec(checkpoint), image_spec(checkpoint), spec.cache)
         _, kernels = rtx.compile_graph(folder / path, shapes, sm)
         check_kernels(kernels, graph_facts(folder / path), stem)
         ids = sorted({kernel.profile for kernel in kernels})
@@ -100,7 +100,7 @@ def test_token_normalised_int8_is_three_kernels(
     path = tmp_path / "linear.onnx"
     write_model(b.model("test"), path, silent)
     _, (quantize, product, epilogue) = rtx.compile_graph(
-        path, profiles("vision", model_spec(checkpoint)), 86
+        path, profiles("vision", model_spec(checkpoint), image_spec(checkpoint)), 86
     )
     assert {t.dtype for t in quantize.inputs} == {"Half"}
     assert sorted(t.dtype for t in quantize.outputs) == ["Half", "Int8"]  # the values, and m

@@ -18,7 +18,7 @@ import pytest
 from qvlm.errors import ExportError
 from qvlm.progress import silent
 from qvlm_export import rtx
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.builder import profiles
 from qvlm_export.facts import GraphFacts, Product, graph_facts
 from qvlm_export.kernels import Kernel, KernelTensor, check_kernels, parse_kernels
@@ -88,7 +88,7 @@ def test_missing_wheels_are_one_line(
     folder, spec, checkpoint = built("float", "rtx")
     monkeypatch.setitem(sys.modules, "tensorrt_rtx_bindings", None)
     with pytest.raises(SessionError, match=r"pip install 'qvlm\[rtx\]'"):
-        compile_target(folder, spec, model_spec(checkpoint), silent)
+        compile_target(folder, spec, model_spec(checkpoint), image_spec(checkpoint), silent)
 
 
 @pytest.mark.rtx
@@ -110,7 +110,9 @@ def test_every_graph_compiles_with_its_integers(
     compiler: None, built: Callable[..., Any], recipe: str
 ) -> None:
     folder, spec, checkpoint = built(recipe, "rtx")
-    compiled, rows = compile_target(folder, spec, model_spec(checkpoint), silent)
+    compiled, rows = compile_target(
+        folder, spec, model_spec(checkpoint), image_spec(checkpoint), silent
+    )
     assert set(compiled.engines) == {
         f"sm{sm}/{g}" for sm in (86, 89) for g in ("vision", "decoder")
     }
@@ -132,7 +134,7 @@ def test_decode_attention_is_one_kernel_with_native_groups(
 ) -> None:
     folder, spec, checkpoint = built("w4a16", "rtx")
     path, model = folder / spec.graphs["decoder"], model_spec(checkpoint)
-    _, kernels = rtx.compile_graph(path, profiles("decoder", model), 86)
+    _, kernels = rtx.compile_graph(path, profiles("decoder", model, image_spec(checkpoint)), 86)
     decode = [k for k in kernels if k.profile == 1 and "_gemv_mha" in k.name]
     assert len(decode) == model.layers
     for kernel in decode:
@@ -149,7 +151,9 @@ def test_other_gpu_generations_compile_too(
     compiler: None, built: Callable[..., Any], sm: int, recipe: str
 ) -> None:
     folder, spec, checkpoint = built(recipe, "rtx")
-    compiled, rows = compile_target(folder, spec, model_spec(checkpoint), silent, (sm,))
+    compiled, rows = compile_target(
+        folder, spec, model_spec(checkpoint), image_spec(checkpoint), silent, (sm,)
+    )
     assert {row.engine for row in rows} == {f"sm{sm}/vision", f"sm{sm}/decoder"}
     engine = compiled.engines[f"sm{sm}/decoder"]
     assert (engine.backend, engine.capability) == ("tensorrt-rtx", sm)
@@ -160,7 +164,7 @@ def test_other_gpu_generations_compile_too(
 def test_sm75_has_no_int4(compiler: None, built: Callable[..., Any]) -> None:
     folder, spec, checkpoint = built("w4a16", "rtx")
     with pytest.raises(ExportError, match=r"^SM75: .* HW-specific datatypes: int4"):
-        compile_target(folder, spec, model_spec(checkpoint), silent, (75,))
+        compile_target(folder, spec, model_spec(checkpoint), image_spec(checkpoint), silent, (75,))
 
 
 @pytest.mark.rtx
@@ -172,7 +176,9 @@ def test_an_int4_projection_in_three_dimensions_is_found(
     target = replace(named_target("rtx"), int4_attention_output_2d=False)
     spec = build(checkpoint, target, tmp_path, None, silent)
     with pytest.raises(ExportError, match="expands an INT4 weight"):
-        compile_target(tmp_path, spec, model_spec(checkpoint), silent, (86,))
+        compile_target(
+            tmp_path, spec, model_spec(checkpoint), image_spec(checkpoint), silent, (86,)
+        )
     assert not list(tmp_path.rglob("*.plan*.partial"))
 
 

@@ -78,9 +78,9 @@ def test_only_the_new_tokens_are_run(model: Model, monkeypatch: pytest.MonkeyPat
     ran: list[int] = []
     original = DecoderState.step
 
-    def step(self: DecoderState, token_ids: Any, image_index: Any = None) -> Any:
+    def step(self: DecoderState, token_ids: Any, *rest: Any) -> Any:
         ran.append(len(token_ids))
-        return original(self, token_ids, image_index)
+        return original(self, token_ids, *rest)
 
     monkeypatch.setattr(DecoderState, "step", step)
     with model.conversation() as talk:

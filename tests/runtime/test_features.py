@@ -144,9 +144,10 @@ class Dlpack:
 
 def test_frames_of_other_libraries_are_taken(model: Model) -> None:
     frame = pictures(1)[0]
-    expected = model.prepare("a", [frame]).pixels
-    for source in (Lent(frame, "interface"), Dlpack(frame)):
-        np.testing.assert_array_equal(model.prepare("a", [source]).pixels, expected)
+    (expected,) = model.pictures([frame])
+    for picture in model.pictures([Lent(frame, "interface"), Dlpack(frame)]):
+        for name, array in expected.inputs.items():
+            np.testing.assert_array_equal(picture.inputs[name], array)
 
 
 @pytest.mark.parametrize(

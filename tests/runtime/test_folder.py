@@ -118,10 +118,10 @@ def test_a_linked_subfolder_out_of_the_folder_is_refused(folder: Path) -> None:
     assert "a link that leaves the folder" in refusal(folder)
 
 
-@pytest.mark.parametrize("schema", [0, 2, "1", None])
+@pytest.mark.parametrize("schema", [0, 1, "2", None])
 def test_another_schema_is_refused(folder: Path, schema: object) -> None:
     edit(folder, lambda data: data.update(schema=schema))
-    assert f"schema {schema!r}, expected 1. Export again" in refusal(folder)
+    assert f"schema {schema!r}, expected 2. Export again" in refusal(folder)
 
 
 def test_a_truncated_manifest_is_refused_at_any_length(folder: Path) -> None:
@@ -135,7 +135,7 @@ def test_a_truncated_manifest_is_refused_at_any_length(folder: Path) -> None:
 def test_a_manifest_of_other_json_is_refused(folder: Path) -> None:
     for text in ("[]", "3", '"x"', "[" * 100_000):
         (folder / "manifest.json").write_text(text)
-        assert "expected 1" in (line := refusal(folder)) or "not JSON" in line
+        assert "expected 2" in (line := refusal(folder)) or "not JSON" in line
 
 
 @pytest.mark.parametrize("place", ["", "model", "image", "targets.ort", "files.tokenizer.json"])
@@ -166,6 +166,11 @@ def test_a_missing_key_is_named(folder: Path, place: str) -> None:
         ("model", "eos_token_ids", ["a"]),
         ("model", "eos_token_ids", 2),
         ("model", "template_tokens", {"bos_token": 1}),
+        ("model", "positions", "rotary"),
+        ("model", "marker", {"leading": 1}),
+        ("image", "rows", "3"),
+        ("image", "kind", "round"),
+        ("image", "crop", [4]),
         ("ort", "dtype", "float8"),
         ("ort", "cache", "ring"),
         ("ort", "graphs", ["a"]),
@@ -175,7 +180,7 @@ def test_a_value_of_another_type_is_refused(
     folder: Path, section: str, key: str, value: object
 ) -> None:
     def change(data: dict) -> None:
-        (data["model"] if section == "model" else data["targets"]["ort"])[key] = value
+        (data["targets"]["ort"] if section == "ort" else data[section])[key] = value
 
     edit(folder, change)
     refusal(folder)

@@ -31,7 +31,7 @@ from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import SessionError
 from qvlm_runtime.generate import StopText, Timings, new_token_limit, tokens
 from qvlm_runtime.manifest import Manifest
-from qvlm_runtime.prompt import expand_images
+from qvlm_runtime.prompt import expand_runs
 from qvlm_runtime.sample import Sampling
 from qvlm_runtime.tokenizer import Tokenizer
 
@@ -232,10 +232,10 @@ def test_markers_in_the_text_that_have_no_image_are_refused(texts: Path) -> None
 
 
 def test_expansion_counts_rows_over_all_images() -> None:
-    ids, index = expand_images([5, IMAGE, 6, IMAGE, IMAGE], IMAGE, 2)
+    ids, index = expand_runs([5, IMAGE, 6, IMAGE, IMAGE], IMAGE, [2, 1, 3])
     assert ids == (5, IMAGE, IMAGE, 6, IMAGE, IMAGE, IMAGE, IMAGE)
     assert index == (-1, 0, 1, -1, 2, 3, 4, 5)
-    assert expand_images([5], IMAGE, 2) == ((5,), (-1,))
+    assert expand_runs([5], IMAGE, []) == ((5,), (-1,))
 
 
 @pytest.mark.parametrize(
@@ -250,9 +250,9 @@ def test_bad_options_are_refused_before_anything_runs(texts: Path, option: dict)
 def test_the_loop_stops_feeding_when_its_consumer_leaves(texts: Path) -> None:
     model = fake_model(texts, "abcdef")
     state = model.decoder.start(20)
-    timings = Timings()
+    timings, start = Timings(), np.zeros((1, 1), np.int64)
     loop: Iterator[int] = tokens(
-        state, byte_ids(">"), [-1], Sampling().chooser(), {EOS}, 9, timings
+        state, byte_ids(">"), [-1], start, Sampling().chooser(), {EOS}, 9, timings
     )
     assert [next(loop), next(loop)] == byte_ids("ab")
     assert state.length == 2 and timings.decode_steps == 1

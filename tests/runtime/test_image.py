@@ -11,8 +11,9 @@ import pytest
 from PIL import Image
 
 from qvlm_runtime.errors import ImageError
-from qvlm_runtime.image import open_image, pixel_values
-from qvlm_runtime.manifest import ImageSpec
+from qvlm_runtime.image import open_image
+from qvlm_runtime.image_spec import PixelSpec, WholeImage
+from qvlm_runtime.vision import prepare
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -49,18 +50,28 @@ ODD_IMAGES = {
     "already the size": lambda: Image.fromarray(noise(32, 32, 3)),
 }
 
+
+def whole(resize, crop, resample, rescale, mean, std, convert_rgb=True) -> WholeImage:
+    return WholeImage(PixelSpec(resample, rescale, mean, std, convert_rgb), 1, resize, crop)
+
+
+def pixel_values(images, spec: WholeImage) -> np.ndarray:
+    """[N, 3, H, W] of what the vision graph is given one by one."""
+    return np.concatenate([prepare(one, spec, "image 1")[1]["pixel_values"] for one in images])
+
+
 SPECS = {
-    "clip": ImageSpec(("shortest_edge", 32), (32, 32), 3, RESCALE, MEAN, STD),
-    "exact": ImageSpec(("exact", 24, 40), None, 3, RESCALE, MEAN, STD),
-    "bilinear": ImageSpec(("exact", 24, 40), None, 2, RESCALE, MEAN, STD),
-    "lanczos": ImageSpec(("shortest_edge", 29), (30, 31), 1, RESCALE, MEAN, STD),
-    "crop only": ImageSpec(None, (36, 35), 3, RESCALE, MEAN, STD),
-    "no rescale": ImageSpec(("exact", 16, 16), None, 3, None, MEAN, STD),
-    "no normalise": ImageSpec(("exact", 16, 16), None, 3, RESCALE, None, None),
+    "clip": whole(("shortest_edge", 32), (32, 32), 3, RESCALE, MEAN, STD),
+    "exact": whole(("exact", 24, 40), None, 3, RESCALE, MEAN, STD),
+    "bilinear": whole(("exact", 24, 40), None, 2, RESCALE, MEAN, STD),
+    "lanczos": whole(("shortest_edge", 29), (30, 31), 1, RESCALE, MEAN, STD),
+    "crop only": whole(None, (36, 35), 3, RESCALE, MEAN, STD),
+    "no rescale": whole(("exact", 16, 16), None, 3, None, MEAN, STD),
+    "no normalise": whole(("exact", 16, 16), None, 3, RESCALE, None, None),
 }
 
 
-def oracle(image: Image.Image, spec: ImageSpec) -> np.ndarray:
+def oracle(image: Image.Image, spec: WholeImage) -> np.ndarray:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     options: dict = {"do_resize": False, "do_center_crop": False}
@@ -69,21 +80,24 @@ def oracle(image: Image.Image, spec: ImageSpec) -> np.ndarray:
         size = {"shortest_edge": spec.resize[1]}
         if not edge:
             size = {"height": spec.resize[1], "width": spec.resize[2]}
-        options |= {"do_resize": True, "size": size, "resample": spec.resample}
+        options |= {"do_resize": True, "size": size, "resample": spec.pixels.resample}
     if spec.crop is not None:
         crop = {"height": spec.crop[0], "width": spec.crop[1]}
         options |= {"do_center_crop": True, "crop_size": crop}
-    options |= {"do_rescale": spec.rescale is not None, "do_normalize": spec.mean is not None}
-    if spec.rescale is not None:
-        options["rescale_factor"] = spec.rescale
-    if spec.mean is not None:
-        options |= {"image_mean": list(spec.mean), "image_std": list(spec.std)}
+    options |= {
+        "do_rescale": spec.pixels.rescale is not None,
+        "do_normalize": spec.pixels.mean is not None,
+    }
+    if spec.pixels.rescale is not None:
+        options["rescale_factor"] = spec.pixels.rescale
+    if spec.pixels.mean is not None:
+        options |= {"image_mean": list(spec.pixels.mean), "image_std": list(spec.pixels.std)}
     return CLIPImageProcessorPil(**options)(image, return_tensors="np")["pixel_values"]
 
 
 @pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS.keys())
 @pytest.mark.parametrize("make", ODD_IMAGES.values(), ids=ODD_IMAGES.keys())
-def test_equal_to_transformers_bit_for_bit(make, spec: ImageSpec) -> None:
+def test_equal_to_transformers_bit_for_bit(make, spec: WholeImage) -> None:
     expected = oracle(make(), spec)
     got = pixel_values([make()], spec)
     assert got.dtype == np.float32
@@ -115,7 +129,7 @@ def test_arrays_and_several_images_stack_in_order() -> None:
         np.testing.assert_array_equal(pixel_values([image], SPECS["exact"])[0], pixels)
 
 
-def refusal(source: object, spec: ImageSpec = SPECS["exact"]) -> str:
+def refusal(source: object, spec: WholeImage = SPECS["exact"]) -> str:
     with pytest.raises(ImageError) as caught:
         pixel_values([source], spec)
     line = str(caught.value)
@@ -170,19 +184,13 @@ def test_a_decompression_bomb_is_refused(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_a_sliver_that_resizing_would_blow_up_is_refused() -> None:
     sliver = np.zeros((1, 60_000, 3), np.uint8)
-    spec = ImageSpec(("shortest_edge", 224), (224, 224), 3, RESCALE, MEAN, STD)
+    spec = whole(("shortest_edge", 224), (224, 224), 3, RESCALE, MEAN, STD)
     assert "Crop the image first" in refusal(sliver, spec)
 
 
 def test_a_mode_without_three_channels_is_refused_when_conversion_is_off() -> None:
-    spec = ImageSpec(("exact", 8, 8), None, 3, RESCALE, MEAN, STD, convert_rgb=False)
+    spec = whole(("exact", 8, 8), None, 3, RESCALE, MEAN, STD, convert_rgb=False)
     assert pixel_values([noise(9, 9, 3)], spec).shape == (1, 3, 8, 8)
     assert "expected RGB" in refusal(noise(9, 9), spec)
     assert "expected uint8" in refusal(noise(9, 9, 3).astype(np.float32))
     assert "cannot be decoded" in refusal(3)
-
-
-def test_images_of_different_shapes_are_refused() -> None:
-    spec = ImageSpec(None, None, 3, RESCALE, None, None)
-    with pytest.raises(ImageError, match="different shapes"):
-        pixel_values([noise(4, 5, 3), noise(5, 4, 3)], spec)

@@ -43,9 +43,10 @@ def reference_answer(model: Model, prompt: str, images: list[Image.Image], limit
     """Greedy decoding by full recompute in float64."""
     spec, ready = model.manifest.model, model.prepare(prompt, images)
     features = None
-    if ready.pixels is not None:
+    if ready.pictures:
         weights = toy_vision_weights(spec).astype(np.float64)
-        features = ready.pixels.reshape(-1, weights.shape[0]) @ weights
+        pixels = np.concatenate([picture.inputs["pixel_values"] for picture in ready.pictures])
+        features = pixels.reshape(-1, weights.shape[0]) @ weights
     ids, index, new = list(ready.token_ids), list(ready.image_index), []
     while len(new) < limit and EOS not in new:
         new.append(int(np.argmax(reference_logits(spec, ids + new, index, features))))

@@ -22,6 +22,7 @@ from runtime_support import FORMS, write_folder
 
 from qvlm_runtime import SessionError, load
 from qvlm_runtime.backend import DeviceArray
+from qvlm_runtime.features import Picture
 
 CUDA = "CUDAExecutionProvider"
 
@@ -195,10 +196,12 @@ def test_an_array_in_cuda_memory_is_bound_where_it_is(
     gpu = fake_cuda.install(monkeypatch, fake_cuda.CUDA_RELEASES[-1])
     image = pictures(1)
     with load(folder, "rtx", backend="ort-cuda", threads=1) as model:
-        pixels = np.asarray(model.prepare("x", image).pixels)
+        (picture,) = model.pictures(image)
+        pixels = picture.inputs["pixel_values"]
         value = fake._allocate(pixels, "cuda", 0)
         borrowed = DeviceArray(value.data_ptr(), pixels.shape[1:], "float32", value)
-        expected, got = (model.image_features(p).buffer for p in (pixels, [borrowed]))
+        lent = Picture.on_device(borrowed, picture.layout)
+        expected, got = (model.image_features([one]).buffer for one in (picture, lent))
         np.testing.assert_array_equal(got.read(0, (3, 12)), expected.read(0, (3, 12)))
     assert ("pixel_values", "cuda") in fake.bound
     assert gpu.calls.count("cudaDeviceSynchronize") == 1  # the producer's work is waited for

@@ -24,7 +24,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(folder: Path, kept: Path | None, **options: object) -> np.ndarray:
     with load(folder, prepared=kept, **options) as model:
-        features = model.image_features(np.ones((1, 3, 6, 6), np.float32))
+        features = model.image_features(model.pictures([np.ones((6, 6, 3), np.uint8)]))
         state = model.decoder.start(16, features)
         state.step([3, 3, 3, 40, 41], [0, 1, 2, -1, -1])
         return np.stack([state.step([42]), state.step([43])])

@@ -21,7 +21,7 @@ import pytest
 from device_support import DRIVEN, Machine, machine, toy_engines
 from fake_cuda import CUDA_RELEASES
 from PIL import Image
-from runtime_support import FORMS, SCATTERS, model_spec, target_spec, toy_decoder
+from runtime_support import FORMS, SCATTERS, image_spec, model_spec, target_spec, toy_decoder
 
 from qvlm_runtime import (
     FeatureCache,
@@ -140,7 +140,7 @@ def test_the_host_waits_once_a_step_and_fetches_logits_only(
     with load(tmp_path) as model:
         ready = model.prepare("What?", pictures(2))
         device.gpu.waits = 0
-        features = model.image_features(ready.pixels)
+        features = model.image_features(ready.pictures)
         state = model.decoder.start(40, features)
         assert device.gpu.waits == 0  # the decoder reads what the vision engine wrote, no host
         state.step(ready.token_ids, ready.image_index)
@@ -362,7 +362,7 @@ def test_what_no_profile_takes_is_named(monkeypatch: pytest.MonkeyPatch, tmp_pat
     toy_engines(tmp_path, device)
     decoder = open_decoder(tmp_path, "tensorrt", "tensorrt")
     features = np.zeros((70, 12), np.float32)
-    with pytest.raises(SessionError, match=r"image_features has shape \[70, 12\], expected .*63"):
+    with pytest.raises(SessionError, match=r"image_features has shape \[70, 12\], expected .*64"):
         decoder.start(8, features).step([5])
     session = decoder.session
     with pytest.raises(SessionError, match="tensor input_ids is not bound"):
@@ -442,8 +442,8 @@ def test_an_image_in_cuda_memory_is_read_where_it_is(
     toy_engines(tmp_path, device)
     with load(tmp_path, feature_cache=FeatureCache(0)) as model:
         (image, other) = pictures(2)
-        pixels = model.prepare("x", [image]).pixels
-        there = protocol(OnDevice(device.gpu, np.asarray(pixels)[0]))
+        (picture,) = model.pictures([image])
+        there = protocol(OnDevice(device.gpu, picture.inputs["pixel_values"][0]))
         expected = model.generate("What?", [image, other], max_new_tokens=12)
         sent = device.gpu.copied["HostToDevice"]
         got = model.generate("What?", [there, other], max_new_tokens=12)
@@ -462,7 +462,8 @@ def test_features_are_kept_on_the_device_but_those_of_a_cuda_array_are_not(
     toy_engines(tmp_path, device)
     with load(tmp_path) as model:
         image = pictures(1)
-        there = OnDevice(device.gpu, np.asarray(model.prepare("x", image).pixels)[0])
+        (picture,) = model.pictures(image)
+        there = OnDevice(device.gpu, picture.inputs["pixel_values"][0])
         first, again = (model.generate("What?", image, max_new_tokens=12) for _ in range(2))
         assert (first.timings.cached_images, again.timings.cached_images) == (0, 1)
         for _ in range(2):
@@ -527,7 +528,9 @@ def test_an_engine_of_this_machine_steps_as_onnx_runtime_does(tmp_path: Path) ->
     spec, target = model_spec(**ALIGNED), target_spec("append")
     path = tmp_path / "decoder.onnx"
     onnx.save(toy_decoder(spec, target), path)
-    plan, _ = compile_graph(path, profiles("decoder", spec), tmp_path / "timing", Options(), silent)
+    plan, _ = compile_graph(
+        path, profiles("decoder", spec, image_spec()), tmp_path / "timing", Options(), silent
+    )
     (tmp_path / "decoder.plan").write_bytes(plan)
     sessions = [
         open_session(path, threads=1, accuracy_level=EXACT),

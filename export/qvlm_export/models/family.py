@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from qvlm.checkpoint import Checkpoint
 from qvlm_export.graph import GraphBuilder
-from qvlm_runtime.manifest import ImageSpec, ModelSpec
+from qvlm_runtime.image_spec import ImageSpec
+from qvlm_runtime.manifest import ModelSpec
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,13 @@ from qvlm_export.models.llama import LlamaConfig, decoder
 from qvlm_export.ops import INT64_MAX, activation
 from qvlm_export.processor import (
     eos_token_ids,
-    image_settings,
     template_tokens,
     token_text,
+    whole_image,
 )
 from qvlm_export.qdq import linear
-from qvlm_runtime.manifest import ImageSpec, ModelSpec
+from qvlm_runtime.image_spec import ImageSpec
+from qvlm_runtime.manifest import ModelSpec
 
 VISION = "model.vision_tower"
 PROJECTOR = "model.multi_modal_projector"
@@ -133,15 +134,16 @@ def model_spec(checkpoint: Checkpoint, context: int) -> ModelSpec:
         eos_token_ids=eos_token_ids(checkpoint),
         image_token=token_text(checkpoint, c.image_token_id),
         image_token_id=c.image_token_id,
-        tokens_per_image=c.tokens_per_image,
+        feature_size=c.text.hidden_size,
         template_tokens=template_tokens(checkpoint),
     )
 
 
 def image_spec(checkpoint: Checkpoint) -> ImageSpec:
     """The processor's settings; ExportError unless they give the tower's image size."""
-    size = LlavaConfig.of(checkpoint).vision.image_size
-    return image_settings(checkpoint, (size, size))
+    c = LlavaConfig.of(checkpoint)
+    size = c.vision.image_size
+    return whole_image(checkpoint, (size, size), c.tokens_per_image)
 
 
 LLAVA = Family(

@@ -32,6 +32,7 @@ from qvlm_runtime.bench.weights import graph_weights
 from qvlm_runtime.bench.worker import WorkerSubject
 from qvlm_runtime.errors import PromptError, RuntimeFault
 from qvlm_runtime.manifest import read_manifest
+from qvlm_runtime.vision import layout
 
 _PLAN_FLAGS = {
     "prompt_tokens": (
@@ -180,7 +181,8 @@ def _all_threads(
         _distinguish(samples)
         peak = result.device_peak([one.after.gpus for one in rounds])
         for folder, one in zip(args.folders, samples, strict=True):
-            fact, limit = _facts(Path(folder), one.target), machine.memory_limit()
+            fact = _facts(Path(folder), one.target, plan.image_size)
+            limit = machine.memory_limit()
             subjects.append(result.subject(one, threads, fact, limits.get(threads), limit, peak))
         ratio_rows += ratios(samples) if args.ratio else []
         rounds_of[str(threads)] = [asdict(one) for one in rounds]
@@ -205,12 +207,14 @@ def _all_threads(
     }
 
 
-def _facts(folder: Path, target: str) -> result.Facts:
+def _facts(folder: Path, target: str, image_size: tuple[int, int]) -> result.Facts:
     """What the folder says about itself."""
     manifest = read_manifest(folder)
     spec = manifest.targets[target]
     graphs = {name: graph_weights(folder / spec.graphs[name]) for name in ("decoder", "vision")}
-    return result.Facts(manifest.model, spec.dtype, graphs["decoder"], graphs["vision"])
+    width, height = image_size
+    rows = layout(manifest.image, height, width).rows
+    return result.Facts(manifest.model, spec.dtype, graphs["decoder"], graphs["vision"], rows)
 
 
 def _distinguish(samples: Sequence[Samples]) -> None:

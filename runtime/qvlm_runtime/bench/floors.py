@@ -85,9 +85,11 @@ def prefill_operations(weights: GraphWeights, model: ModelSpec, tokens: int) -> 
     return 2.0 * ((weights.elements - head) * tokens + head)
 
 
-def vision_operations(weights: GraphWeights, model: ModelSpec, images: int) -> float:
-    """Operations of the vision graph, counted at its output tokens."""
-    return 2.0 * weights.elements * model.tokens_per_image * images
+def vision_operations(weights: GraphWeights, rows: int) -> float:
+    """Operations of the vision graph, counted at its output rows: a tower that merges positions
+    behind its layers does more.
+    """
+    return 2.0 * weights.elements * rows
 
 
 def read_bandwidth(threads: int, nbytes: int) -> float:

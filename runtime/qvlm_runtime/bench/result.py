@@ -54,12 +54,13 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Facts:
-    """What a folder says about itself, for the floors."""
+    """What a folder says about itself, for the floors. rows_per_image: of the plan's image size."""
 
     model: ModelSpec
     dtype: str
     decoder: GraphWeights
     vision: GraphWeights
+    rows_per_image: int
 
 
 def subject(
@@ -104,7 +105,8 @@ def _cases(samples: Samples, facts: Facts, limits: Limits | None) -> list[dict[s
         if limits is not None:
             operations = {"prefill": prefill_operations(facts.decoder, facts.model, tokens)}
             if case.images:
-                operations["vision"] = vision_operations(facts.vision, facts.model, case.images)
+                image_rows = case.images * facts.rows_per_image
+                operations["vision"] = vision_operations(facts.vision, image_rows)
             floors = {
                 part: _share(count / limits.product, figures[part].median)
                 for part, count in operations.items()

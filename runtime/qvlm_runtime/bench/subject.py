@@ -21,7 +21,6 @@ from qvlm_runtime.backend import FAST
 from qvlm_runtime.bench.plan import Case
 from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError
-from qvlm_runtime.image import pixel_values
 from qvlm_runtime.manifest import read_manifest, verify_files
 from qvlm_runtime.model import Model, load
 
@@ -201,8 +200,7 @@ class FolderSubject:
         start = self._clock()
         while count == 0 or elapsed < seconds:
             if part == "image":
-                pixels = pixel_values(frames, self.model.manifest.image)
-                features = self.model.image_features(pixels)
+                features = self.model.image_features(self.model.pictures(frames))
                 features.buffer.read(0, (1,))  # waits for a GPU, which only took the order so far
             else:
                 move_to(state, context)
@@ -230,15 +228,15 @@ class FolderSubject:
         """A text with the case's number of text tokens, or the next more that words can make."""
         key = (case.prompt_tokens, case.images)
         if key not in self._prompts:
-            model, small = self.model, np.zeros((8, 8, 3), np.uint8)
-            marks = case.images * model.manifest.model.tokens_per_image
+            model = self.model
+            pictures = model.pictures(self._frames(case.images))
 
             def tokens(words: int) -> float:
                 try:
-                    ready = model.prepare(" ".join(["the"] * words), [small] * case.images)
+                    ready = model.prepare(" ".join(["the"] * words), pictures)
                 except PromptError:  # too long for the cache, so more than enough words
                     return math.inf
-                return len(ready.token_ids) - marks
+                return ready.image_index.count(-1)
 
             count = least_words(case.prompt_tokens, tokens)
             self._prompts[key] = " ".join(["the"] * count)
