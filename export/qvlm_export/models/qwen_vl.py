@@ -15,6 +15,8 @@ from qvlm_export.graph import GraphBuilder
 from qvlm_export.models.family import Family
 from qvlm_export.models.llama import LlamaConfig, decoder
 from qvlm_export.models.qwen_vit import QwenVitConfig, features
+from qvlm_export.processor import eos_token_ids, template_tokens, token_text
+from qvlm_runtime.manifest import ModelSpec
 
 VISION = "model.visual"
 TEXT = "model.language_model"
@@ -202,12 +204,32 @@ def max_context(checkpoint: Checkpoint) -> int:
     return QwenConfig.of(checkpoint).text.max_position_embeddings
 
 
+def model_spec(checkpoint: Checkpoint, context: int) -> ModelSpec:
+    """The manifest's numbers."""
+    c = QwenConfig.of(checkpoint)
+    return ModelSpec(
+        family=str(checkpoint.config["model_type"]),
+        hidden_size=c.text.hidden_size,
+        vocab_size=c.text.vocab_size,
+        layers=c.text.num_hidden_layers,
+        kv_heads=c.text.heads.kv_heads,
+        head_dim=c.text.heads.head_dim,
+        max_context=context,
+        eos_token_ids=eos_token_ids(checkpoint),
+        image_token=token_text(checkpoint, c.image_token_id),
+        image_token_id=c.image_token_id,
+        feature_size=c.vision.feature_size,
+        positions="mrope",
+        template_tokens=template_tokens(checkpoint),
+    )
+
+
 QWEN_VL = {
     model_type: Family(
         model_type,
         {"vision": vision_graph, "decoder": decoder_graph},
         max_context,
-        None,
+        model_spec,
         None,
     )
     for model_type in GENERATIONS
