@@ -6,9 +6,29 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from qvlm_runtime.anyres import anyres_arrays, anyres_extremes, anyres_layout, anyres_shapes
 from qvlm_runtime.backend import Array
 from qvlm_runtime.image import rgb, whole_arrays, whole_extremes, whole_layout, whole_shapes
-from qvlm_runtime.image_spec import ImageSpec, Layout, WholeImage
+from qvlm_runtime.image_spec import (
+    AnyresImage,
+    CanvasImage,
+    ImageSpec,
+    Layout,
+    PatchImage,
+    SplitImage,
+    WholeImage,
+)
+from qvlm_runtime.patches import patch_arrays, patch_extremes, patch_layout, patch_shapes
+from qvlm_runtime.tiles import (
+    canvas_arrays,
+    canvas_extremes,
+    canvas_layout,
+    canvas_shapes,
+    split_arrays,
+    split_extremes,
+    split_layout,
+    split_shapes,
+)
 
 
 @dataclass(frozen=True)
@@ -26,6 +46,10 @@ class _Kind:
 
 _KINDS: dict[type[Any], _Kind] = {
     WholeImage: _Kind(whole_layout, whole_extremes, whole_shapes, whole_arrays),
+    SplitImage: _Kind(split_layout, split_extremes, split_shapes, split_arrays),
+    CanvasImage: _Kind(canvas_layout, canvas_extremes, canvas_shapes, canvas_arrays),
+    AnyresImage: _Kind(anyres_layout, anyres_extremes, anyres_shapes, anyres_arrays),
+    PatchImage: _Kind(patch_layout, patch_extremes, patch_shapes, patch_arrays),
 }
 
 
