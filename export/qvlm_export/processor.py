@@ -9,13 +9,15 @@ from typing import Any
 
 from qvlm.checkpoint import Checkpoint, load_json
 from qvlm.errors import ExportError
-from qvlm_runtime.image_spec import PixelSpec, WholeImage
+from qvlm_runtime.image_spec import PatchImage, PixelSpec, WholeImage
 
 # transformers' defaults of CLIPImageProcessor.
 _RESAMPLE_BICUBIC = 3
 _RESCALE = 1 / 255
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
+# And of Qwen2VLImageProcessor.
+_LEAST_PIXELS, _MOST_PIXELS = 56 * 56, 28 * 28 * 1280
 
 
 def _processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
@@ -49,6 +51,33 @@ def whole_image(checkpoint: Checkpoint, expected: tuple[int, int], rows: int) ->
             f"{where}: images become {final or 'of any size'}, the vision tower takes {expected}"
         )
     return WholeImage(_pixels(data, where), rows, resize, crop)
+
+
+def patch_image(
+    checkpoint: Checkpoint,
+    cut: tuple[int, int, int],
+    window: int | None = None,
+    position_side: int | None = None,
+) -> PatchImage:
+    """Settings of a processor that cuts an image of any size into patches; ExportError unless they are
+    the vision tower's ``cut``: a patch's side, patches merged on a side, frames.
+
+    The area is limited by ``size`` (least and largest under the names of two edges), or by
+    min_pixels and max_pixels. window and position_side: see PatchImage.
+    """
+    data, where = _processor(checkpoint)
+    keys = ("patch_size", "merge_size", "temporal_patch_size")
+    found = tuple(int(data.get(key, one)) for key, one in zip(keys, cut, strict=True))
+    if found != cut or not data.get("do_resize", True):
+        raise ExportError(
+            f"{where}: {', '.join(keys)} are {found}, the vision tower takes {cut} of a resized "
+            "image. Copy the model's own processor files beside its weights."
+        )
+    size = data.get("size") or {}
+    least = data.get("min_pixels") or size.get("shortest_edge") or _LEAST_PIXELS
+    most = data.get("max_pixels") or size.get("longest_edge") or _MOST_PIXELS
+    pixels = _pixels(data, where)
+    return PatchImage(pixels, *cut, int(least), int(most), window, position_side)
 
 
 def _pixels(data: Mapping[str, Any], where: str) -> PixelSpec:
