@@ -176,6 +176,8 @@ class _Run:
         self.recipe, self.formats, self.progress = recipe, formats, progress
         self.method = METHODS[recipe.method]
         self.linears: dict[str, tuple[str, QuantizedLinear]] = {}
+        # The head is then the embedding, which is stored once and under its own name.
+        self.tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
 
     # -- goldens
 
@@ -377,7 +379,7 @@ class _Run:
             name: component
             for component in COMPONENTS
             for name in self.adapter.linears(self.model, component)
-            if name not in self.linears
+            if name not in self.linears and not (self.tied and name == self.adapter.head)
         }
         writer.close(self.source.config, self.recipe, report, floats)
         for companion in _COMPANIONS:
@@ -390,8 +392,7 @@ class _Run:
     def _float_tensors(self) -> list[tuple[str, Tensor]]:
         """Everything that is no integer; a head that shares the embedding's weight is stored once."""
         replaced = {f"{n}.{key}" for n in self.linears for key in ("weight", *fakequant.STATIC)}
-        tied = bool(getattr(self.model.config, "tie_word_embeddings", False))
-        skipped = replaced | ({f"{self.adapter.head}.weight"} if tied else set())
+        skipped = replaced | ({f"{self.adapter.head}.weight"} if self.tied else set())
         return [(n, t) for n, t in self.model.state_dict().items() if n not in skipped]
 
 

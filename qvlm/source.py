@@ -259,7 +259,7 @@ def load_processor(directory: Path) -> Any:
             if known is not None and "video_processor" in known.get_attributes():
                 auto = _without_video(known)
             return auto.from_pretrained(directory, local_files_only=True, backend="pil")
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CheckpointError(
                 f"{directory}: tokenizer or image processor not loadable ({_first_line(error)})"
             ) from error

@@ -7,6 +7,7 @@ only the second of three vision layers seeing the whole image.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,14 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2VLImageProcessorPil,
 )
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+from transformers.vision_utils import (
+    get_vision_interpolation_indices_and_weights,
+    get_vision_position_ids,
+    get_vision_window_index,
+)
 
+from qvlm.checkpoint import Golden
 from qvlm.data import Question
 
 FAMILIES = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")
@@ -35,6 +43,8 @@ SPECIALS = (
 )
 IMAGE_TOKEN = SPECIALS.index("<|image_pad|>")
 PATCH = 4
+# Least and largest area of a picture: 16 to 60 patches.
+PIXELS = (16 * PATCH**2, 60 * PATCH**2)
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{% for p in m['content'] %}"
     "{% if p['type'] == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}"
@@ -123,11 +133,10 @@ def write_tiny_source(directory: Path, family: str, **changes: Any) -> Path:
     """Save ``tiny_qwen`` with its processor files as they are on the hub: no processor_config.json."""
     tiny_qwen(family, **changes).save_pretrained(directory)
     tiny_tokenizer().save_pretrained(directory)
-    # Pictures of 16 to 60 patches.
     pictures = Qwen2VLImageProcessorPil(
         patch_size=PATCH,
         merge_size=2,
-        size={"shortest_edge": 16 * PATCH**2, "longest_edge": 60 * PATCH**2},
+        size=dict(zip(("shortest_edge", "longest_edge"), PIXELS, strict=True)),
     )
     pictures.save_pretrained(directory)
     (directory / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
@@ -165,3 +174,39 @@ def tiny_questions(count: int = 4) -> list[Question]:
         pictures = tuple(picture(10 * i + k, shapes[(i + k) % 4]) for k in range(1 + i % 3))
         questions.append(Question(pictures, "What" + " is" * i + "?", f"cat {i}", "ab"[i % 2]))
     return questions
+
+
+def grid_of(size: Sequence[int]) -> torch.Tensor:
+    """Patches of a picture of ``size`` (height, width) as transformers counts them: [1, 3]."""
+    height, width = smart_resize(*size, 2 * PATCH, *PIXELS)
+    return torch.tensor([[1, height // PATCH, width // PATCH]])
+
+
+def vision_feeds(golden: Golden, config: Mapping[str, Any], dtype: str) -> list[dict[str, Any]]:
+    """The vision graph's inputs for each picture of a golden; what depends on the grid alone comes from
+    transformers' own functions.
+    """
+    vision, start, feeds = config["vision_config"], 0, []
+    for size in golden.inputs["image_sizes"].tolist():
+        grid = grid_of(size)
+        count = int(grid.prod())
+        pixels = golden.inputs["pixel_values"][start : start + count].astype(dtype)
+        start += count
+        feed = {"pixel_values": pixels, "patch_positions": get_vision_position_ids(grid, 2).numpy()}
+        if "window_size" in vision:
+            order, edges = get_vision_window_index(grid, 2, vision["window_size"], PATCH)
+            lengths = np.diff(edges.numpy())
+            feed["window_index"] = order.numpy()
+            feed["window_inverse"] = order.argsort().numpy()
+            feed["window_segments"] = np.repeat(np.arange(len(lengths)), lengths)
+        if "num_position_embeddings" in vision:
+            index, weights = get_vision_interpolation_indices_and_weights(
+                grid,
+                int(vision["num_position_embeddings"] ** 0.5),
+                align_corners=True,
+                spatial_merge_size=2,
+            )
+            feed["position_index"] = np.ascontiguousarray(index.T.numpy())
+            feed["position_weights"] = np.ascontiguousarray(weights.T.numpy()).astype(dtype)
+        feeds.append(feed)
+    return feeds

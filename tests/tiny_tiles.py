@@ -14,6 +14,7 @@ import numpy as np
 import torch
 import transformers
 from tiny_models import IMAGE_TOKEN
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from qvlm.checkpoint import CheckpointWriter
@@ -204,3 +205,79 @@ def answer(family: str, model: Any, p: Prompt, steps: int) -> Answer:
             past_key_values=out.past_key_values,
             use_cache=True,
         )
+
+
+SPECIALS = (
+    *("<pad>", "<s>", "</s>", "<fake_token_around_image>", "<global-img>", "<end_of_utterance>"),
+    *("<img>", "<image>", "</img>", "<video>"),
+    *(f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)),
+)
+TEMPLATE = (
+    "<s>{% for m in messages %}{{ 'U: ' if m['role'] == 'user' else 'A: ' }}"
+    "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}"
+    "{% endif %}{% endfor %}{{ '</s>' if m['role'] == 'assistant' else ' ' }}{% endfor %}"
+    "{% if add_generation_prompt %}A:{% endif %}"
+)
+
+
+def _tokenizer() -> Any:
+    """A token per byte; the image token has the id that the models expect."""
+    vocabulary = [*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    core = Tokenizer(models.BPE(vocab={t: i for i, t in enumerate(vocabulary)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    core.decoder = decoders.ByteLevel()
+    core.add_special_tokens([AddedToken(token, special=True) for token in SPECIALS])
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=core,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        extra_special_tokens={
+            "image_token": "<image>",
+            "context_image_token": "<image>",
+            "start_image_token": "<img>",
+            "end_image_token": "</img>",
+            "video_token": "<video>",
+        },
+    )
+
+
+_SQUARE = {"height": 48, "width": 48}
+# family -> (image processor, its settings, the processor's): pictures become up to four tiles of 48 x 48 and one more.
+PROCESSORS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "idefics3": (
+        "Idefics3ImageProcessorPil",
+        {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 48}},
+        {"processor_class": "Idefics3Processor", "image_seq_len": 9},
+    ),
+    "internvl": (
+        "GotOcr2ImageProcessorPil",
+        {"size": _SQUARE, "crop_to_patches": True, "min_patches": 1, "max_patches": 4},
+        {"processor_class": "InternVLProcessor", "image_seq_length": 9},
+    ),
+    "llava_next": (
+        "LlavaNextImageProcessorPil",
+        {
+            "size": {"shortest_edge": 48},
+            "crop_size": _SQUARE,
+            "image_grid_pinpoints": PINPOINTS,
+        },
+        {
+            "processor_class": "LlavaNextProcessor",
+            "patch_size": 8,
+            "vision_feature_select_strategy": "default",
+            "num_additional_image_tokens": 1,
+        },
+    ),
+}
+
+
+def write_source(family: str, directory: Path, **changes: Any) -> Path:
+    """A directory as Hugging Face has them: weights, tokenizer, processor, chat template."""
+    tiny_model(family, **changes).save_pretrained(directory)
+    _tokenizer().save_pretrained(directory)
+    kind, settings, rest = PROCESSORS[family]
+    getattr(transformers, kind)(**settings).save_pretrained(directory)
+    (directory / "processor_config.json").write_text(json.dumps(rest))
+    (directory / "chat_template.jinja").write_text(TEMPLATE)
+    return directory

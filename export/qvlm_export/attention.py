@@ -40,8 +40,8 @@ class HeadShape:
 class Rotary:
     """Rotary positions of a decoder's rows.
 
-    cos and sin: ``ops.rope_tables`` [positions, D/2]. position_ids: int64 [1, S], or [3, S] with
-    M-RoPE, where frequency i takes its position from row axes[i].
+    cos and sin: ``ops.rope_tables``. position_ids: int64 [1, S], or [3, S] with M-RoPE, where
+    frequency i takes its position from row axes[i] and the tables are flat.
     """
 
     cos: ir.Value
@@ -52,15 +52,15 @@ class Rotary:
     def factors(self, b: GraphBuilder) -> tuple[ir.Value, ir.Value]:
         """cos and sin of each row, each [1, S, 1, D/2]."""
         if self.axes is None:
-            ids = b.op("Unsqueeze", self.position_ids, b.i64(2))
-            cos, sin = (b.op("Gather", table, ids, axis=0) for table in (self.cos, self.sin))
-            return cos, sin
-        # One position per frequency, [S, D/2]: one gather of elements instead of three of rows.
-        ids = b.op("Transpose", b.op("Gather", self.position_ids, b.i64(*self.axes), axis=0))
-        cos, sin = (
-            b.op("Unsqueeze", b.op("GatherElements", table, ids, axis=0), b.i64(0, 2))
-            for table in (self.cos, self.sin)
-        )
+            places = b.op("Unsqueeze", self.position_ids, b.i64(2))
+        else:
+            # A place for each number, in the final shape: a Gather that gives it is part of the
+            # attention kernel. GatherElements, or rows chosen by Where, are two more in each layer.
+            count = len(self.axes)
+            rows = b.op("Transpose", b.op("Gather", self.position_ids, b.i64(*self.axes), axis=0))
+            places = b.op("Add", b.op("Mul", rows, b.i64(count)), b.i64(*range(count)))
+            places = b.op("Reshape", places, b.i64(1, -1, 1, count))
+        cos, sin = (b.op("Gather", table, places, axis=0) for table in (self.cos, self.sin))
         return cos, sin
 
 

@@ -92,7 +92,9 @@ def profiles(
         "decode": profile((1, 1, 1), (1, middle, last)),
     }
     if cache == "append":
-        found["extend"] = profile((1, min(some, last), last), (1, middle, last))
+        # The optimum must be a case that can happen: both parts within the context.
+        piece = min(some, last, context - middle)
+        found["extend"] = profile((1, max(1, piece), last), (1, middle, last))
     return found
 
 

@@ -161,9 +161,12 @@ def rope_axes(parameters: Mapping[str, Any], head_dim: int, where: str) -> tuple
     return tuple(axes)
 
 
-def rope_tables(b: GraphBuilder, frequencies: Array, positions: int) -> tuple[ir.Value, ir.Value]:
-    """cos and sin, F [positions, D/2], rounded once from float64."""
-    shape = (positions, len(frequencies))
+def rope_tables(
+    b: GraphBuilder, frequencies: Array, positions: int, flat: bool = False
+) -> tuple[ir.Value, ir.Value]:
+    """cos and sin, F [positions, D/2] or ``flat`` [positions * D/2], rounded once from float64."""
+    whole = (positions, len(frequencies))
+    shape = (math.prod(whole),) if flat else whole
 
     def angles() -> Array:
         # In float32, as transformers forms them: a model's positions are what it was trained with.

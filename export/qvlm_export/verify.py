@@ -23,15 +23,17 @@ from qvlm.checkpoint import Checkpoint, Golden, read_goldens
 from qvlm.errors import VerificationError
 from qvlm.progress import Progress
 from qvlm_export.bounds import Error, end_to_end_bound, graph_bound, relative_error
-from qvlm_export.build import model_spec
+from qvlm_export.build import image_spec, model_spec
 from qvlm_export.facts import GraphFacts, graph_facts
 from qvlm_export.twin import float32_twin
 from qvlm_export.weights import Array
 from qvlm_runtime.backend import EXACT, Session, open_session
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import RuntimeFault
+from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec, TargetSpec, read_manifest
 from qvlm_runtime.positions import AXES
+from qvlm_runtime.vision import prepare
 
 # The operator ONNX Runtime must run for an integer weight of that type.
 FUSED = {"INT4": "MatMulNBits", "INT8": "MatMulIntegerToFloat"}
@@ -93,7 +95,8 @@ def verify_target(
             f"{missing[0]}: quantized in {'the checkpoint' if missing[0] not in built else 'the graph'} only; "
             f"{len(built)} quantized linears built, {len(checkpoint.linears)} in the checkpoint"
         )
-    return verify_graphs(folder, spec, model, checkpoint.goldens(), progress)
+    image = image_spec(checkpoint)
+    return verify_graphs(folder, spec, model, image, checkpoint.goldens(), progress)
 
 
 def verify_folder(folder: Path, progress: Progress) -> list[VerifyResult]:
@@ -103,13 +106,18 @@ def verify_folder(folder: Path, progress: Progress) -> list[VerifyResult]:
     manifest = read_manifest(folder)
     goldens = read_goldens(folder / "goldens.npz")
     return [
-        verify_graphs(folder, spec, manifest.model, goldens, progress)
+        verify_graphs(folder, spec, manifest.model, manifest.image, goldens, progress)
         for spec in manifest.targets.values()
     ]
 
 
 def verify_graphs(
-    folder: Path, spec: TargetSpec, model: ModelSpec, goldens: Sequence[Golden], progress: Progress
+    folder: Path,
+    spec: TargetSpec,
+    model: ModelSpec,
+    image: ImageSpec,
+    goldens: Sequence[Golden],
+    progress: Progress,
 ) -> VerifyResult:
     """Replay ``goldens``; VerificationError if an output is beyond its bound or a product is not
     fused.
@@ -119,7 +127,7 @@ def verify_graphs(
         raise VerificationError(f"{folder}: no goldens to replay. Quantize again.")
     with tempfile.TemporaryDirectory() as twins:
         try:
-            replay = _Replay(folder, spec, model, Path(twins))
+            replay = _Replay(folder, spec, (model, image), Path(twins))
             for done, golden in enumerate(goldens):
                 progress(f"verify {target}", done, len(goldens))
                 replay.golden(golden)
@@ -158,15 +166,19 @@ class _Replay:
     ``twins`` is float32.
     """
 
-    def __init__(self, folder: Path, spec: TargetSpec, model: ModelSpec, twins: Path) -> None:
-        self.dtype, self.spec, self.model = spec.dtype, spec, model
+    def __init__(
+        self, folder: Path, spec: TargetSpec, specs: tuple[ModelSpec, ImageSpec], twins: Path
+    ) -> None:
+        self.dtype, self.spec = spec.dtype, spec
+        self.model, self.image = specs
         self.paths = {stem: folder / path for stem, path in spec.graphs.items()}
         self.facts: dict[str, GraphFacts] = {s: graph_facts(p) for s, p in self.paths.items()}
         if spec.dtype == "bfloat16":
             self.spec = replace(spec, dtype="float32")
             self.paths = {stem: float32_twin(path, twins) for stem, path in self.paths.items()}
         self.vision = self._open("vision")
-        self.decoder = Decoder(self._open("decoder"), model, self.spec, str(self.paths["decoder"]))
+        where = str(self.paths["decoder"])
+        self.decoder = Decoder(self._open("decoder"), self.model, self.spec, where)
         self.rows: dict[tuple[str, str, str], VerifyRow] = {}
         self.agree = self.positions = 0
 
@@ -176,7 +188,7 @@ class _Replay:
     def golden(self, golden: Golden) -> None:
         """The three replays of one golden."""
         expected, unquantized = golden.outputs["quant"], golden.outputs["float"]
-        features = self._features(golden.inputs["pixel_values"])
+        features = self._features(golden)
         moved = relative_error(expected["image_features"], unquantized["image_features"])
         bound = graph_bound(self.facts["vision"], self.dtype, 0, moved)
         difference = self._compare(
@@ -212,12 +224,27 @@ class _Replay:
             self.rows[graph, output, tokens] = row
         return error
 
-    def _features(self, pixels: Array) -> Array:
-        """image_features of all images, one run each (the TensorRT targets fix the batch to
-        one).
+    def _images(self, golden: Golden) -> list[dict[str, Array]]:
+        """The vision graph's inputs, a run each: the golden's pixels, with the indices that the
+        runtime makes for a picture of that size.
         """
-        values = pixels.astype(self.spec.dtype)
-        runs = [self.vision.run({"pixel_values": p[None]})["image_features"] for p in values]
+        fixed = self.vision.inputs["pixel_values"].shape[0] == 1
+        runs, start = [], 0
+        for height, width in golden.inputs["image_sizes"].tolist():
+            blank = np.zeros((height, width, 3), np.uint8)
+            _, made = prepare(blank, self.image, str(self.paths["vision"]))
+            feed = dict(made)
+            pixels = golden.inputs["pixel_values"][start : start + len(feed["pixel_values"])]
+            start += len(pixels)
+            for part in np.split(pixels, len(pixels)) if fixed else [pixels]:
+                feed = {**feed, "pixel_values": part}
+                types = {name: self.vision.inputs[name].dtype for name in feed}
+                runs.append({name: a.astype(types[name]) for name, a in feed.items()})
+        return runs
+
+    def _features(self, golden: Golden) -> Array:
+        """image_features of all images, one behind the other."""
+        runs = [self.vision.run(feed)["image_features"] for feed in self._images(golden)]
         return np.concatenate(runs)
 
     def _decode(self, golden: Golden, features: Array) -> dict[str, Array]:
@@ -227,7 +254,8 @@ class _Replay:
         inputs = golden.inputs
         tokens = [int(t) for t in inputs["tokens"][:-1]]
         state = self.decoder.start(len(inputs["input_ids"]) + len(tokens), features)
-        logits = [state.step(inputs["input_ids"], inputs["image_index"])]
+        positions = np.atleast_2d(inputs["position_ids"])
+        logits = [state.step(inputs["input_ids"], inputs["image_index"], positions)]
         logits += [state.step([token]) for token in tokens]
         key, value = state.cache_rows(self.model.layers - 1)
         rows = {name: a[0].transpose(1, 0, 2) for name, a in (("key", key), ("value", value))}
@@ -260,8 +288,7 @@ class _Replay:
             "kv_len": np.ones(1, np.int64),
             **{name: np.zeros([n or 1 for n in inputs[name].shape], dtype) for name in names},
         }
-        pixels = golden.inputs["pixel_values"][:1].astype(dtype)
-        return {"vision": {"pixel_values": pixels}, "decoder": decoder}
+        return {"vision": self._images(golden)[0], "decoder": decoder}
 
 
 def executed(path: Path, feed: dict[str, Array]) -> dict[str, int]:

@@ -35,7 +35,7 @@ def _image_token_id(config: Any) -> int:
 
 def _image_tokens(config: Any) -> int:
     """Of a picture of 640 x 480."""
-    side = config.vision_config.patch_size * config.vision_config.spatial_merge_size
+    side = int(config.vision_config.patch_size * config.vision_config.spatial_merge_size)
     return round(640 / side) * round(480 / side)
 
 

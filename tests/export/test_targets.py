@@ -22,7 +22,7 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError, VerificationError
 from qvlm.progress import silent
 from qvlm_export.bounds import epsilon, relative_error
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.cli import main
 from qvlm_export.conform import check
 from qvlm_export.facts import graph_facts
@@ -117,7 +117,7 @@ def test_a_wrong_bfloat16_graph_is_found(tiny_case: Callable[..., Any], tmp_path
     spec = build(checkpoint, named_target("jetpack6", BFLOAT16), tmp_path, None, silent)
     other = Checkpoint(tiny_case("w4a16", seed=5).directory).goldens()
     with pytest.raises(VerificationError, match="differs from the golden"):
-        verify_graphs(tmp_path, spec, model_spec(checkpoint), other, silent)
+        verify_graphs(tmp_path, spec, model_spec(checkpoint), image_spec(checkpoint), other, silent)
 
 
 @pytest.mark.parametrize("recipe", ["float", "w4a16-g64", "w8a8", "w8a8-static"])

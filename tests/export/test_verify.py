@@ -21,7 +21,7 @@ from qvlm.errors import VerificationError
 from qvlm.progress import silent
 from qvlm_export import verify
 from qvlm_export.bounds import relative_error
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.package import add_runtime_files, write_manifest
 from qvlm_export.targets import named_target
 from qvlm_export.verify import FUSED, verify_folder, verify_graphs, verify_target
@@ -124,9 +124,9 @@ def test_goldens_of_another_model_do_not_pass(
     folder, spec, checkpoint = built("float", "ort")
     other = Checkpoint(tiny_case("float", seed=5).directory).goldens()
     with pytest.raises(VerificationError, match="expected at most"):
-        verify_graphs(folder, spec, model_spec(checkpoint), other, silent)
+        verify_graphs(folder, spec, model_spec(checkpoint), image_spec(checkpoint), other, silent)
     with pytest.raises(VerificationError, match="no goldens"):
-        verify_graphs(folder, spec, model_spec(checkpoint), [], silent)
+        verify_graphs(folder, spec, model_spec(checkpoint), image_spec(checkpoint), [], silent)
 
 
 def test_a_graph_that_does_not_open_is_one_error(built: Callable[..., Any], tmp_path: Path) -> None:

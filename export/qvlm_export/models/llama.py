@@ -91,7 +91,7 @@ def decoder(
         x, further = embedding_merge(b, text, image_index, features, c.feature_parts)
     with b.scope("positions"):
         frequencies = rope_frequencies(c.rope, c.heads.head_dim, where)
-        rotary = Rotary(*rope_tables(b, frequencies, positions), position_ids, axes)
+        rotary = Rotary(*rope_tables(b, frequencies, positions, bool(axes)), position_ids, axes)
         attention = causal_attention(b, c.heads, rotary, positions)
     for i in range(c.num_hidden_layers):
         with b.scope(f"layers.{i}"):

@@ -6,7 +6,11 @@ pieces and end every image line with a learned row.
 
 from __future__ import annotations
 
-from qvlm_export.models.tiles import Tiles, tiles_family
+from qvlm.checkpoint import Checkpoint
+from qvlm.errors import ExportError
+from qvlm_export.models.tiles import Tiles, TilesConfig, tiles_family
+from qvlm_export.processor import anyres_image, whole_image
+from qvlm_runtime.image_spec import AnyresImage, WholeImage
 
 _DEFAULTS = {
     "image_token_index": 32000,
@@ -15,13 +19,37 @@ _DEFAULTS = {
     "projector_hidden_act": "gelu",
 }
 
-LLAVA = tiles_family(Tiles("llava", ("clip_vision_model",), ("llama",), _DEFAULTS))
+_MOST = "anyres_max_"
+
+
+def _whole(checkpoint: Checkpoint, c: TilesConfig) -> WholeImage:
+    size = c.vision.image_size
+    return whole_image(checkpoint, (size, size), c.rows_per_tile)
+
+
+def _pieces(checkpoint: Checkpoint, c: TilesConfig) -> AnyresImage:
+    return anyres_image(checkpoint, c.vision.image_size, c.vision.side)
+
+
+def _bounded_pieces(checkpoint: Checkpoint, c: TilesConfig) -> AnyresImage:
+    """As many as ``vision_aspect_ratio`` names: "anyres_max_9"."""
+    found = str(checkpoint.config.get("vision_aspect_ratio", f"{_MOST}9"))
+    if not found.startswith(_MOST) or not found.removeprefix(_MOST).isdecimal():
+        raise ExportError(
+            f"{checkpoint.directory / 'config.json'}: vision_aspect_ratio is {found!r}, expected {_MOST} and a number"
+        )
+    most = int(found.removeprefix(_MOST))
+    return anyres_image(checkpoint, c.vision.image_size, c.vision.side, most)
+
+
+LLAVA = tiles_family(Tiles("llava", ("clip_vision_model",), ("llama",), _DEFAULTS, _whole))
 LLAVA_NEXT = tiles_family(
     Tiles(
         "llava_next",
         ("clip_vision_model",),
         ("llama", "mistral"),
         _DEFAULTS,
+        _pieces,
         newline="model.image_newline",
     )
 )
@@ -36,6 +64,7 @@ LLAVA_ONEVISION = tiles_family(
             "vision_feature_layer": -1,
             "vision_feature_select_strategy": "full",
         },
+        _bounded_pieces,
         newline="model.image_newline",
     )
 )

@@ -34,23 +34,27 @@ EPS = 1e-6
 class QwenVitConfig:
     """Sizes and the parts that differ by generation.
 
-    patch_size: numbers in a flattened patch. mlp: the linears of an MLP, the last one behind the
-    activation; with three the first gates the second. merger: its norm and two linears. full: the
-    layers that see the whole image, None for all. positions: rows of the learned table, 0 for none.
+    frames: images that a patch holds one behind the other, in each channel. mlp: the linears of an
+    MLP, the last one behind the activation; with three the first gates the second. merger: its norm
+    and two linears. window: side of a window in pixels, None for none; full: the layers that see the
+    whole image all the same. positions: rows of the learned table, 0 for none.
     deepstack: the layers whose output gets a merger of its own.
     """
 
     width: int
     heads: int
     layers: int
-    patch_size: int
+    channels: int
+    frames: int
+    patch_side: int
     merge: int
     out_size: int
     act: str
     rms: bool
     mlp: tuple[str, ...]
     merger: tuple[str, str, str]
-    full: tuple[int, ...] | None = None
+    window: int | None = None
+    full: tuple[int, ...] = ()
     positions: int = 0
     deepstack: tuple[int, ...] = ()
     rope_theta: float = 10000.0
@@ -59,6 +63,11 @@ class QwenVitConfig:
     def head_dim(self) -> int:
         """Width of one head."""
         return self.width // self.heads
+
+    @property
+    def patch_size(self) -> int:
+        """Numbers in a flattened patch."""
+        return self.channels * self.frames * self.patch_side**2
 
     @property
     def block(self) -> int:
@@ -86,7 +95,7 @@ def features(b: GraphBuilder, c: QwenVitConfig, prefix: str) -> ir.Value:
         if c.positions:
             x = b.op("Add", x, _learned_positions(b, c, f"{prefix}.pos_embed"))
     order = mask = None
-    if c.full is not None:
+    if c.window is not None:
         order = b.input("window_index", ir.DataType.INT64, ("G",))
         segments = b.input("window_segments", ir.DataType.INT64, ("P",))
         with b.scope("windows"):
@@ -97,9 +106,8 @@ def features(b: GraphBuilder, c: QwenVitConfig, prefix: str) -> ir.Value:
         turn = _rotary(b, c, grid)
     parts: list[ir.Value] = []
     for i in range(c.layers):
-        whole = c.full is None or i in c.full
         with b.scope(f"layers.{i}"):
-            x = _layer(b, c, f"{prefix}.blocks.{i}", x, turn, None if whole else mask)
+            x = _layer(b, c, f"{prefix}.blocks.{i}", x, turn, None if i in c.full else mask)
         if i in c.deepstack:
             number = c.deepstack.index(i)
             with b.scope(f"deepstack.{number}"):

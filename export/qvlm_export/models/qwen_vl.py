@@ -5,6 +5,7 @@ An image has as many tokens as its size asks for. One run of the vision graph ta
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,9 @@ from qvlm_export.graph import GraphBuilder
 from qvlm_export.models.family import Family
 from qvlm_export.models.llama import LlamaConfig, decoder
 from qvlm_export.models.qwen_vit import QwenVitConfig, features
+from qvlm_export.processor import eos_token_ids, patch_image, template_tokens, token_text
+from qvlm_runtime.image_spec import ImageSpec
+from qvlm_runtime.manifest import ModelSpec
 
 VISION = "model.visual"
 TEXT = "model.language_model"
@@ -39,6 +43,7 @@ def _qwen2_5_vision(v: Mapping[str, Any]) -> QwenVitConfig:
         rms=True,
         mlp=("gate_proj", "up_proj", "down_proj"),
         merger=("ln_q", "mlp.0", "mlp.2"),
+        window=v["window_size"],
         full=tuple(v["fullatt_block_indexes"]),
         **_common(v),
     )
@@ -61,7 +66,9 @@ def _common(v: Mapping[str, Any]) -> dict[str, Any]:
     return {
         "heads": v["num_heads"],
         "layers": v["depth"],
-        "patch_size": v["in_channels"] * v["temporal_patch_size"] * v["patch_size"] ** 2,
+        "channels": v["in_channels"],
+        "frames": v["temporal_patch_size"],
+        "patch_side": v["patch_size"],
         "merge": v["spatial_merge_size"],
         "act": v["hidden_act"],
         "rope_theta": float((v.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
@@ -117,6 +124,7 @@ GENERATIONS = {
             "hidden_size": 3584,
             "out_hidden_size": 3584,
             "hidden_act": "silu",
+            "window_size": 112,
             "fullatt_block_indexes": (7, 15, 23, 31),
         },
         _TEXT,
@@ -202,13 +210,40 @@ def max_context(checkpoint: Checkpoint) -> int:
     return QwenConfig.of(checkpoint).text.max_position_embeddings
 
 
+def model_spec(checkpoint: Checkpoint, context: int) -> ModelSpec:
+    """The manifest's numbers."""
+    c = QwenConfig.of(checkpoint)
+    return ModelSpec(
+        family=str(checkpoint.config["model_type"]),
+        hidden_size=c.text.hidden_size,
+        vocab_size=c.text.vocab_size,
+        layers=c.text.num_hidden_layers,
+        kv_heads=c.text.heads.kv_heads,
+        head_dim=c.text.heads.head_dim,
+        max_context=context,
+        eos_token_ids=eos_token_ids(checkpoint),
+        image_token=token_text(checkpoint, c.image_token_id),
+        image_token_id=c.image_token_id,
+        feature_size=c.vision.feature_size,
+        positions="mrope",
+        template_tokens=template_tokens(checkpoint),
+    )
+
+
+def image_spec(checkpoint: Checkpoint) -> ImageSpec:
+    """The processor's settings, and what the tower asks of the runtime."""
+    c = QwenConfig.of(checkpoint).vision
+    side = math.isqrt(c.positions) or None
+    return patch_image(checkpoint, c.patch_side, c.merge, c.window, side)
+
+
 QWEN_VL = {
     model_type: Family(
         model_type,
         {"vision": vision_graph, "decoder": decoder_graph},
         max_context,
-        None,
-        None,
+        model_spec,
+        image_spec,
     )
     for model_type in GENERATIONS
 }

@@ -7,11 +7,28 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from qvlm_export.models.tiles import Tiles, tiles_family
+from qvlm.checkpoint import Checkpoint
+from qvlm_export.models.tiles import Tiles, TilesConfig, tiles_family
+from qvlm_export.processor import split_image
+from qvlm_runtime.image_spec import SplitImage
+from qvlm_runtime.manifest import MarkerSpec
+
+# Written into transformers' processor: the tokens around each tile, its place, and the whole image behind them.
+_AROUND, _WHOLE = "<fake_token_around_image>", "<global-img>"
+_MARKER = MarkerSpec(
+    whole=f"{_AROUND}{_WHOLE}{{image}}{_AROUND}",
+    tile=f"{_AROUND}<row_{{line}}_col_{{column}}>{{image}}",
+    line="\n",
+    last=f"\n{_AROUND}{_WHOLE}{{image}}{_AROUND}",
+)
 
 
 def _side(config: Mapping[str, Any]) -> int:
     return int(config["scale_factor"])
+
+
+def _pieces(checkpoint: Checkpoint, c: TilesConfig) -> SplitImage:
+    return split_image(checkpoint, c.vision.image_size, c.rows_per_tile)
 
 
 def _idefics(model_type: str, tower: str) -> Tiles:
@@ -26,6 +43,7 @@ def _idefics(model_type: str, tower: str) -> Tiles:
             "projector_hidden_act": "none",
             "scale_factor": 2,
         },
+        _pieces,
         vision="model.vision_model",
         projector="model.connector.modality_projection",
         text="model.text_model",
@@ -33,6 +51,7 @@ def _idefics(model_type: str, tower: str) -> Tiles:
         shuffle=_side,
         normed=lambda config: True,
         text_defaults={"rms_norm_eps": 1e-5},
+        marker=lambda checkpoint: _MARKER,
     )
 
 

@@ -25,11 +25,10 @@ from qvlm_export.processor import (
     eos_token_ids,
     template_tokens,
     token_text,
-    whole_image,
 )
 from qvlm_export.qdq import linear
 from qvlm_runtime.image_spec import ImageSpec
-from qvlm_runtime.manifest import ModelSpec
+from qvlm_runtime.manifest import MarkerSpec, ModelSpec
 
 # transformers' defaults of the decoders, as far as they differ from Llama's.
 _DECODERS: dict[str, dict[str, Any]] = {
@@ -61,13 +60,15 @@ class Tiles:
     without one. linears: the projector's, an activation between them. shuffle(config): side of the square of patches
     that become one row. normed(config): whether the tower's final norm is applied to its last state.
     text_defaults: of the decoder, where the family's differ from the decoder's own. newline: the row that ends a line
-    of an image whose rows are rearranged, "" where they are not.
+    of an image whose rows are rearranged, "" where they are not. image: how the processor cuts. marker: what stands in
+    the prompt for an image.
     """
 
     model_type: str
     towers: tuple[str, ...]
     decoders: tuple[str, ...]
     defaults: Mapping[str, Any]
+    image: Callable[[Checkpoint, TilesConfig], ImageSpec]
     vision: str = "model.vision_tower"
     projector: str = "model.multi_modal_projector"
     text: str = "model.language_model"
@@ -77,6 +78,7 @@ class Tiles:
     normed: Callable[[Mapping[str, Any]], bool] = lambda config: False
     text_defaults: Mapping[str, Any] | None = None
     newline: str = ""
+    marker: Callable[[Checkpoint], MarkerSpec] = lambda checkpoint: MarkerSpec()
 
 
 @dataclass(frozen=True)
@@ -221,15 +223,9 @@ def _model_spec(tiles: Tiles, checkpoint: Checkpoint, context: int) -> ModelSpec
         image_token=token_text(checkpoint, c.image_token_id),
         image_token_id=c.image_token_id,
         feature_size=c.text.hidden_size,
+        marker=tiles.marker(checkpoint),
         template_tokens=template_tokens(checkpoint),
     )
-
-
-def _image_spec(tiles: Tiles, checkpoint: Checkpoint) -> ImageSpec:
-    """The processor's settings; ExportError unless they give the tower's tile size."""
-    c = TilesConfig.of(tiles, checkpoint)
-    size = c.vision.image_size
-    return whole_image(checkpoint, (size, size), c.rows_per_tile)
 
 
 def tiles_family(tiles: Tiles) -> Family:
@@ -248,5 +244,5 @@ def tiles_family(tiles: Tiles) -> Family:
         {"vision": vision_graph, "decoder": decoder_graph},
         lambda checkpoint: TilesConfig.of(tiles, checkpoint).text.max_position_embeddings,
         lambda checkpoint, context: _model_spec(tiles, checkpoint, context),
-        lambda checkpoint: _image_spec(tiles, checkpoint),
+        lambda checkpoint: tiles.image(checkpoint, TilesConfig.of(tiles, checkpoint)),
     )
