@@ -254,6 +254,7 @@ _SCATTER = """
     values = Slice (present_value_0, zero, kv_len, two)
 """
 _GROWN = """
+    first_slot = Identity (write_index)
     k_new = Transpose <perm = [0, 2, 1, 3]> (k_rows)
     v_new = Transpose <perm = [0, 2, 3, 1]> (v_rows)
     present_key_0 = TensorScatter <axis = -2> (past_key_0, k_new, write_index)
