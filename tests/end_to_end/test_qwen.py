@@ -74,7 +74,7 @@ def test_the_runtime_answers_as_transformers(
 ) -> None:
     _, loaded = sources(family)
     folder = folders(family)
-    with load_folder(folder, backend="ort-cpu") as model:
+    with load_folder(folder, backend="ort") as model:
         for question in tiny_questions(3):
             images = question.open_images()
             sample = build_sample(loaded.processor, images, question.prompt, "", IMAGE_TOKEN)
