@@ -20,6 +20,7 @@ from tiny_tiles import write_source
 
 from qvlm.capture import build_sample
 from qvlm.checkpoint import Checkpoint
+from qvlm.cli import main as core
 from qvlm.data import Question
 from qvlm.generate import decode, stop_tokens
 from qvlm.progress import silent
@@ -119,6 +120,21 @@ def test_a_folder_answers_as_transformers_does(family: str, tmp_path: Path) -> N
             sample = build_sample(loaded.processor, images, question.prompt, "", IMAGE_TOKEN)
             expected = decode(loaded.model, sample.model_inputs(), 12, stop_tokens(loaded.model))
             assert list(found.token_ids) == expected.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("family", ["idefics3", "internvl", "llava_next"])
+def test_a_checkpoint_is_evaluated(
+    checkpoint: Callable[..., Checkpoint],
+    family: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    made = checkpoint(family, "rtn" if family == "idefics3" else "gptq").directory
+    questions = str(_calibration(tmp_path))
+    command = ["evaluate", str(made), "--against", str(made.parent / "source"), "--eval", questions]
+    assert core([*command, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert 0 < found["divergence"]["kl"] < np.inf
 
 
 def _calibration(folder: Path) -> Path:

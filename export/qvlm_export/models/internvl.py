@@ -17,7 +17,7 @@ def _side(config: Mapping[str, Any]) -> int:
 
 
 def _last_state(config: Mapping[str, Any]) -> bool:
-    """Only -1 asks for the tower's output; any other index, and a list, for states between layers."""
+    """Only -1 asks for the tower's output; another index for a state between layers."""
     return bool(config["vision_feature_layer"] == -1)
 
 
