@@ -56,10 +56,11 @@ from qvlm.checkpoint import QuantizedLinear
 from qvlm.curvature import end_curvature
 from qvlm.descent import coordinate_optima, descend, refit_scales, target
 from qvlm.errors import RecipeError
-from qvlm.hessian import Statistics, damped, revive_dead
+from qvlm.hessian import Statistics, damped, revive_dead, shrunk
 from qvlm.methods import block_rounding, gptaq, gptq, vlmq
 from qvlm.methods.block_rounding import BlockLoss, gradient_solver, grid_solver
 from qvlm.methods.block_search import dependencies
+from qvlm.methods.held_out import Best, split
 from qvlm.methods.method import Block, BlockResult, Context, State
 from qvlm.methods.rtn import quantized_linear
 from qvlm.methods.stages import StagedLayer
@@ -82,6 +83,7 @@ class Settings:
     start: str = "residual"
     alpha: str | float = "auto"
     damping: float = 0.01
+    shrinkage: float = 0.05
     sweeps: int = 4
     refits: int = 1
     partition: str = "entropy"
@@ -89,8 +91,8 @@ class Settings:
     solver: str = "gradient"
     solver_bits: int = 4
     loss: str = "output"
-    steps: int = 100
-    batch: int = 6
+    steps: int = 60
+    batch: int = 4
     rate: float | None = None  # of the roundings; None: 1 / steps
     scale_rate: float = 0.1  # of the scales, as a share of rate
     every: int = 20
@@ -112,7 +114,7 @@ class Settings:
         for name in ("depth", "steps", "batch", "every"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected at least 1")
-        for name in ("temper", "sweeps", "refits", "scale_rate"):
+        for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
         _ = self.kernel  # refuses a damping that makes no sense
@@ -128,6 +130,11 @@ class Settings:
     def kernel(self) -> gptq.Settings:
         """What GPTQ's sweep takes."""
         return gptq.Settings(damping=self.damping)
+
+    @property
+    def staged(self) -> bool:
+        """Is there anything behind the start, so that there is something to choose?"""
+        return self.scales != "max" or self.sweeps > 0
 
     @property
     def asymmetric(self) -> bool:
@@ -264,6 +271,9 @@ class LayerByLayer:
 
     def _layer(self, block: Block) -> StagedLayer:
         layer = StagedLayer(block)
+        fit, held = split(len(block.quant_inputs))
+        if not self.settings.staged:  # one candidate only
+            fit, held = list(range(len(block.quant_inputs))), []
         attention = self._attention(layer) if self.settings.weights == "vlmq" else None
         for names in layer.stages:
             weights: Mapping[str, Sequence[Tensor]] | None
@@ -272,9 +282,14 @@ class LayerByLayer:
             else:
                 shared = token_weights(block, names, self.settings, self.state)
                 weights = None if shared is None else dict.fromkeys(names, shared)
-            found = layer.statistics(names, asymmetric=self.settings.asymmetric, weights=weights)
+            found, judges = (
+                layer.statistics(
+                    names, asymmetric=self.settings.asymmetric, weights=weights, samples=samples
+                )
+                for samples in (fit, held)
+            )
             for name in names:
-                self._linear(layer, name, found[name])
+                self._linear(layer, name, found[name], judges[name] if held else None)
         return layer
 
     def _attention(self, layer: StagedLayer) -> vlmq.AttentionSolver | None:
@@ -285,28 +300,40 @@ class LayerByLayer:
         settings = vlmq.Settings(self.settings.kernel, self.settings.alpha, 1, ("token",))
         return vlmq.AttentionSolver(layer, found, settings)
 
-    def _linear(self, layer: StagedLayer, name: str, statistics: Statistics) -> None:
+    def _linear(
+        self, layer: StagedLayer, name: str, fit: Statistics, held: Statistics | None
+    ) -> None:
         settings, scheme = self.settings, layer.block.formats[name].weights
         assert scheme is not None
         weight = layer.block.linears[name].weight
-        alpha = gptaq.tied_alpha(settings.alpha, statistics) if settings.asymmetric else 0.0
+        alpha = gptaq.tied_alpha(settings.alpha, fit) if settings.asymmetric else 0.0
         with layer.naming(name):
-            hessian, dead = revive_dead(statistics.hessian)
-            wanted = target(weight, hessian, statistics.cross, alpha, settings.damping)
-            quantized = start(weight, wanted, statistics, alpha, scheme, settings)
+            hessian, dead = revive_dead(fit.hessian)
+            hessian = shrunk(hessian, settings.shrinkage)
+            wanted = target(weight, hessian, fit.cross, alpha, settings.damping)
+            best = Best(weight, held)
+            searched = settings.scales if scheme.symmetric else "max"
+            for scales in dict.fromkeys(("max", searched) if held else (searched,)):
+                tried = replace(settings, scales=scales)
+                first = start(weight, wanted, hessian, fit.cross, alpha, scheme, tried)
+                best.offer(f"scales {scales}", first)
         cost = damped(hessian, settings.damping)
         if settings.sweeps:
-            quantized = descend(quantized, wanted, cost, scheme.bits, settings.sweeps)
-            for _ in range(settings.refits):
-                quantized = refit_scales(quantized, wanted, cost)
-                quantized = descend(quantized, wanted, cost, scheme.bits, settings.sweeps)
+            best.offer("descent", descend(best.weight, wanted, cost, scheme.bits, settings.sweeps))
+            for turn in range(settings.refits):
+                fitted = refit_scales(best.weight, wanted, cost)
+                fitted = descend(fitted, wanted, cost, scheme.bits, settings.sweeps)
+                best.offer(f"refit {turn + 1}", fitted)
+        quantized = best.weight
         layer.finish(name, quantized)
         self.soft[name] = SoftWeight(
             quantized, coordinate_optima(quantized, wanted, cost), scheme.bits
         )
-        self.rows[name] = {"tokens": statistics.tokens, "effective": statistics.effective_tokens}
+        self.rows[name] = {"tokens": fit.tokens, "effective": fit.effective_tokens}
         if settings.asymmetric:
             self.rows[name]["alpha"] = alpha
+        if best.errors:
+            self.rows[name]["held_out"] = best.errors
         if dead:
             self.rows[name]["dead_columns"] = dead
 
@@ -314,15 +341,17 @@ class LayerByLayer:
 def start(
     weight: Tensor,
     wanted: Tensor,
-    statistics: Statistics,
+    hessian: Tensor,
+    cross: Tensor | None,
     alpha: float,
     scheme: WeightScheme,
     settings: Settings,
 ) -> QuantizedWeight:
-    """Step 2's scales and first integers of a weight [out, in] whose shifted target is ``wanted``."""
+    """Step 2's scales and first integers of a weight [out, in] whose shifted target is ``wanted``; H without dead
+    columns.
+    """
     scale, zero = affine.weight_scales(weight.detach().float(), scheme)
-    if settings.scales != "max" and scheme.symmetric:
-        hessian, _ = revive_dead(statistics.hessian)
+    if settings.scales != "max":
         importance = column_importance(hessian, settings.scales, settings.damping)
         scale = search_scales(weight, scheme, importance)
     if settings.start == "nearest":
@@ -330,10 +359,10 @@ def start(
     residual = settings.start == "residual"
     return gptq.gptq_matrix(
         wanted if residual else weight,
-        statistics.hessian,
+        hessian,
         scheme,
         settings.kernel,
-        cross=statistics.cross if settings.start == "gptaq" else None,
+        cross=cross if settings.start == "gptaq" else None,
         alpha=alpha,
         scales=(scale, zero),
     ).quantized
