@@ -9,7 +9,7 @@ Loss of a sample, with h the block's output on the quantized stream and h* on th
 
 Solvers over the same parameters (``signed_rounding``): "gradient" moves every weight's rounding and every scale;
 "grid" is Q-VLM's joint search with the candidates ``RATIOS`` times all scales of a layer. Either result is judged by
-the loss on held-out samples and replaces the start only if it is below the start's.
+the loss on held-out samples (``held_out``) and replaces the start only if it is below the start's.
 """
 
 from __future__ import annotations
