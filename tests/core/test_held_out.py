@@ -75,9 +75,9 @@ def test_best_keeps_what_helps_the_held_out_samples_only() -> None:
 def test_fused_reports_every_stage_and_a_stage_that_hurts_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    block = tiny_block(tiny_stream("text", 4), "w3a16", error=0.05)
+    block = tiny_block(tiny_stream("projector", 4), "w8a8", error=0.05)
     options: dict[str, Any] = {"solver": "none", "sweeps": 1}
-    recipe = component_recipe("w3a16", "w3a16", "w3a16", method="fused", options=options)
+    recipe = component_recipe("w8a8", "w8a8", "w8a8", method="fused", options=options)
     found = METHODS["fused"].quantize_block(block, recipe, {})
     for row in found.report["linears"].values():
         assert list(row["held_out"]) == ["scales max", "scales conditional", "descent", "refit 1"]
