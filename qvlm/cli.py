@@ -258,7 +258,8 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         "--methods",
         nargs="+",
         default=["rtn", "gptq"],
-        help="name or name:option=value,option=value, values JSON or a word (rtn gptq)",
+        help="name or name:option=value,option=value, values JSON or a word; transforms before it: "
+        "rotate+gptq (rtn gptq)",
     )
     _experiment_arguments(parser, samples=64, draws=3)
 

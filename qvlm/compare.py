@@ -1,14 +1,16 @@
 """qvlm compare: methods x formats x calibration draws on one table, measured by one judge against one float model.
 
 A method is written ``name`` or ``name:option=value,option=value`` with JSON values (a bare word is a text):
-``rtn``, ``q-vlm:partition=layer,percentiles=[1.0,0.98]``. So an ablation is a row like any other. A format is a recipe
-(its name or file), or the name of a number format, which then is the decoder's, with vision and projector at INT8
-(w8a8) and the head float. Each draw calibrates on other samples: the seed of draw d is the first seed + d.
+``rtn``, ``q-vlm:partition=layer,percentiles=[1.0,0.98]``. So an ablation is a row like any other. Transforms of the
+float model come first, joined by plus signs: ``rotate+gptq``, ``rotate+awq+gptaq:damping=0.02``; the options are theirs
+and the method's. A format is a recipe (its name or file), or the name of a number format, which then is the decoder's,
+with vision and projector at INT8 (w8a8) and the head float. Each draw calibrates on other samples: the seed of draw d
+is the first seed + d.
 
-A row holds {method, format, draw, kl, exact_match, per_task, perplexity, image_error, text_error, bits_per_weight,
-seconds, peak_mb}: errors are one value per decoder layer; bits count all components, scales included, what stays float
-at 16; seconds and peak_mb are those of quantizing alone (``memory``; None where the system does not tell). The float
-model is the first row. Everything happens in memory, no checkpoint is written.
+A row holds {method, format, draw, kl, kl_trimmed, kl_median, exact_match, per_task, perplexity, image_error,
+text_error, bits_per_weight, seconds, peak_mb}: errors are one value per decoder layer; bits count all components,
+scales included, what stays float at 16; seconds and peak_mb are those of quantizing alone (``memory``; None where the
+system does not tell). The float model is the first row. Everything happens in memory, no checkpoint is written.
 
 Each finished row goes to the results file under a digest of all that decides it: the weights' files, recipe,
 calibration samples, questions, and this package's source (which holds the defaults of options). Another call finds it
@@ -52,9 +54,14 @@ _WORD = re.compile(r"[A-Za-z_][\w.-]*")
 # -- what to compare
 
 
-def parse_method(text: str) -> tuple[str, dict[str, Any]]:
-    """Name and options of ``name:option=value,...``; RecipeError showing the place that cannot be read."""
-    name, colon, rest = text.partition(":")
+def parse_method(text: str) -> tuple[tuple[str, ...], dict[str, Any]]:
+    """Names and options of ``transform+...+method:option=value,...``, the method last; RecipeError showing the place
+    that cannot be read.
+    """
+    joined, colon, rest = text.partition(":")
+    names = tuple(joined.split("+"))
+    if not all(names):
+        raise _unreadable(text, joined, "names between the plus signs")
     options: dict[str, Any] = {}
     at = 0
     while colon:
@@ -67,7 +74,7 @@ def parse_method(text: str) -> tuple[str, dict[str, Any]]:
         if rest[at] != ",":
             raise _unreadable(text, rest[at:], "a comma or the end")
         at += 1
-    return name, options
+    return names, options
 
 
 def _value(text: str, rest: str, at: int) -> tuple[Any, int]:
@@ -83,7 +90,8 @@ def _value(text: str, rest: str, at: int) -> tuple[Any, int]:
 
 def _unreadable(text: str, at: str, expected: str) -> RecipeError:
     return RecipeError(
-        f"method {text!r}: {at!r}, expected {expected}. Write name or name:option=value,option=value."
+        f"method {text!r}: {at!r}, expected {expected}. Write name, name:option=value,option=value "
+        "or transform+name."
     )
 
 
@@ -95,9 +103,13 @@ def parse_format(name: str) -> Recipe:
 
 
 def with_method(base: Recipe, text: str) -> Recipe:
-    """``base`` with the method and options that ``text`` names; RecipeError for an unknown method or option."""
-    method, options = parse_method(text)
-    recipe = replace(base, method=method, options=options)
+    """``base`` with the transforms (behind its own), method and options that ``text`` names; RecipeError for an
+    unknown method or option.
+    """
+    (*transforms, method), options = parse_method(text)
+    recipe = replace(
+        base, method=method, options=options, transforms=(*base.transforms, *transforms)
+    )
     check_method(recipe)
     return recipe
 
@@ -255,13 +267,14 @@ def _measure(case: Case, reference: nn.Module, model: nn.Module) -> Json:
 # -- the table
 
 HEADER = (
-    "format", "method", "KL", "exact match", "perplexity", "image error", "text error",
+    "format", "method", "KL", "KL trimmed", "exact match", "perplexity", "image error", "text error",
     "bits/weight", "seconds", "peak MB",
 )  # fmt: skip
 
 
 def table_rows(rows: Sequence[Json]) -> list[tuple[object, ...]]:
-    """A line per format and method under HEADER: mean ± standard deviation over the draws (if two or more).
+    """A line per format and method under HEADER: mean ± standard deviation over the draws (if two or more). "KL
+    trimmed" leaves the largest 2 % of the answer tokens out.
 
     Block errors are the mean over the layers.
     """
@@ -272,6 +285,7 @@ def table_rows(rows: Sequence[Json]) -> list[tuple[object, ...]]:
         (
             *key,
             spread([row["kl"] for row in group], ".3e"),
+            spread([row["kl_trimmed"] for row in group], ".3e"),
             spread([row["exact_match"] for row in group], ".4f"),
             spread([row["perplexity"] for row in group], ".5f"),
             spread([_mean(row["image_error"]) for row in group], ".3e"),

@@ -55,6 +55,18 @@ def row_errors(values: Tensor, wanted: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian) * difference).sum(1)
 
 
+def stream_error(values: Tensor, weight: Tensor, hessian: Tensor, cross: Tensor | None) -> float:
+    """sum c |v u - w f|^2 for values v and a weight w [out, in], less what v = w has; H and D as in ``target``.
+
+    Unlike E it needs no target, so that H and D may be of other samples than the integers come from.
+    """
+    difference = values.double() - weight.detach().double()
+    found = ((difference @ hessian) * difference).sum()
+    if cross is not None:
+        found = found - 2 * ((weight.detach().double() @ cross) * difference).sum()
+    return float(found)
+
+
 def descend(
     start: QuantizedWeight, wanted: Tensor, hessian: Tensor, bits: int, sweeps: int
 ) -> QuantizedWeight:

@@ -1,10 +1,11 @@
 """How far a quantized model is from its float original, on questions with reference answers.
 
-Teacher-forced on the reference answers: mean KL(float || quantized) per answer token, perplexity
+Teacher-forced on the reference answers: KL(float || quantized) per answer token, perplexity
 of the answers, and exact match, the share of questions whose every answer token up to the end token
 is the argmax. Greedy decoding gives the reference answer in exactly those cases: by induction, its
 next token is the argmax after the reference's beginning. One forward pass per question instead of
-one per token.
+one per token. Of KL the mean, the mean without the worst 2 % of the tokens, and the median: one
+token in a thousand that goes wrong can double the mean.
 
 Block errors tell where the difference arises: |q - f|^2 / |f|^2 of what leaves each decoder layer,
 image and text tokens apart, both models run side by side so that no hidden state is kept.
@@ -29,6 +30,8 @@ from qvlm.models.adapter import Adapter
 
 # Questions of equal shape in one forward pass.
 BATCH = 32
+# Share of the answer tokens, the worst, that "kl_trimmed" leaves out.
+TRIMMED = 0.02
 
 
 @dataclass(frozen=True)
@@ -61,26 +64,30 @@ class Judge:
         self.questions = len(samples)
 
     def measure(self, model: nn.Module) -> dict[str, float]:
-        """kl (nats per answer token), exact_match (0 to 1), perplexity of the answers."""
+        """kl, kl_trimmed, kl_median (nats per answer token), exact_match (0 to 1), perplexity of the answers."""
         found, _ = self.measure_each(model)
         return found
 
     @torch.no_grad()
     def measure_each(self, model: nn.Module) -> tuple[dict[str, float], list[bool]]:
         """What ``measure`` gives, and for each question in order whether it was answered right."""
-        kl, loss, tokens = 0.0, 0.0, 0
+        divergences: list[Tensor] = []
+        loss = 0.0
         right = [False] * self.questions
         for batch in self.batches:
             found = _answer_logits(model, batch.inputs, batch.mask)
-            kl += float((batch.reference.exp() * (batch.reference - found)).sum())
+            divergences.append((batch.reference.exp() * (batch.reference - found)).sum(-1))
             loss -= float(found.gather(1, batch.wanted[:, None]).sum())
-            tokens += len(found)
             hit = torch.ones_like(batch.mask)
             hit[batch.mask] = found.argmax(-1) == batch.wanted
             for number, every in zip(batch.questions, hit.all(1).tolist(), strict=True):
                 right[number] = every
+        kl = torch.cat(divergences).sort().values
+        tokens = len(kl)
         measured = {
-            "kl": kl / tokens,
+            "kl": float(kl.mean()),
+            "kl_trimmed": float(kl[: math.ceil(tokens * (1 - TRIMMED))].mean()),
+            "kl_median": float(kl.median()),
             "exact_match": sum(right) / self.questions,
             # e^700 stands for anything worse: JSON has no infinity.
             "perplexity": math.exp(min(loss / tokens, 700.0)),

@@ -9,7 +9,7 @@ Loss of a sample, with h the block's output on the quantized stream and h* on th
 
 Solvers over the same parameters (``signed_rounding``): "gradient" moves every weight's rounding and every scale;
 "grid" is Q-VLM's joint search with the candidates ``RATIOS`` times all scales of a layer. Either result is judged by
-the loss on held-out samples and replaces the start only if it is below the start's.
+the loss on held-out samples (``held_out``) and replaces the start only if it is below the start's.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from torch import Tensor
 from qvlm.affine import QuantizedWeight
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.fakequant import FakeQuantLinear, substituted
+from qvlm.methods.held_out import split
 from qvlm.methods.method import Block
 from qvlm.rounding import joint_search
 from qvlm.signed_rounding import Settings, SoftWeight, sign_descent
@@ -30,17 +31,8 @@ from qvlm.signed_rounding import Settings, SoftWeight, sign_descent
 LOSSES = ("output", "answers", "both")
 # Candidates of the grid solver; the first is the start.
 RATIOS = (1.0, 0.97, 0.94, 1.03, 1.06)
-# One sample in so many gives no gradient and judges the result.
-HELD_OUT_EVERY = 8
 # Keeps the loss defined where the start is already exact.
 TINY = 1e-12
-
-
-def split(count: int) -> tuple[list[int], list[int]]:
-    """Samples for gradients, and those held out; ([0], []) for one sample."""
-    held = list(range(HELD_OUT_EVERY - 1, count, HELD_OUT_EVERY)) or [count - 1]
-    fit = [i for i in range(count) if i not in set(held)]
-    return (fit, held) if fit else ([0], [])
 
 
 class BlockLoss:

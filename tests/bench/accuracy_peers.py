@@ -194,16 +194,18 @@ class Bench:
     judge: Judge
 
 
-def prepare(work: Path, source_name: str, samples: int, draws: int, questions: int) -> Bench:
+def prepare(
+    work: Path, source_name: str, samples: int, seeds: range, questions: int, asked_seed: int
+) -> Bench:
     source = open_source(source_name)
     loaded = load(source)
-    asked = evaluation(None, questions, 0)
-    drawn = [calibration(None, samples, seed) for seed in range(draws)]
+    asked = evaluation(None, questions, asked_seed)
+    drawn = [calibration(None, samples, seed) for seed in seeds]
     refuse_overlap((q for draw in drawn for q in draw), asked)
     built = [build_samples(loaded, source.adapter, draw) for draw in drawn]
     files = []
-    for draw, group in enumerate(built):
-        path = work / f"samples-{samples}-{draw}.pt"
+    for seed, group in zip(seeds, built, strict=True):
+        path = work / f"samples-{samples}-{seed}.pt"
         inputs = [s.model_inputs() for s in group]
         torch.save([{**i, "attention_mask": torch.ones_like(i["input_ids"])} for i in inputs], path)
         files.append(path)
@@ -251,14 +253,19 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--draws", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0, help="of the questions and the first draw")
     parser.add_argument("--eval-samples", type=int, default=400)
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
-    identity = {"source": args.source, "samples": args.samples, "questions": args.eval_samples}
+    identity = {
+        "source": args.source, "samples": args.samples, "questions": args.eval_samples,
+        "seed": args.seed,
+    }  # fmt: skip
     results = Results(args.work / "rows.json", identity)
-    bench = prepare(args.work, args.source, args.samples, args.draws, args.eval_samples)
+    seeds = range(args.seed, args.seed + args.draws)
+    bench = prepare(args.work, args.source, args.samples, seeds, args.eval_samples, args.seed)
     wanted = [("qvlm", method) for method in args.methods]
     wanted += [(peer, preset) for peer, _, preset in (p.partition(":") for p in args.peers)]
     for format_ in args.formats:
@@ -306,15 +313,20 @@ def summary(rows: list[Json]) -> str:
     for row in rows:
         if "kl" in row:
             groups[(row["format"], row["by"], row["method"])].append(row)
-    lines = [f"{'format':10} {'by':16} {'method':22} {'KL':>22} {'exact match':>18} {'seconds':>8}"]
+    lines = [
+        f"{'format':10} {'by':16} {'method':22} {'KL':>22} {'KL trimmed':>22} {'exact match':>18} {'seconds':>8}"
+    ]
     order = sorted(groups, key=lambda k: (k[0], statistics.fmean(r["kl"] for r in groups[k])))
     for key in order:
         group = groups[key]
-        kl, match = (
-            spread([r[k] for r in group], f) for k, f in (("kl", ".3e"), ("exact_match", ".4f"))
+        kl, trimmed, match = (
+            spread([r.get(k) for r in group], f)
+            for k, f in (("kl", ".3e"), ("kl_trimmed", ".3e"), ("exact_match", ".4f"))
         )
         seconds = statistics.fmean(r["seconds"] for r in group)
-        lines.append(f"{key[0]:10} {key[1]:16} {key[2]:22} {kl:>22} {match:>18} {seconds:8.1f}")
+        lines.append(
+            f"{key[0]:10} {key[1]:16} {key[2]:22} {kl:>22} {trimmed:>22} {match:>18} {seconds:8.1f}"
+        )
     lines += [line(row) for row in rows if "failed" in row]
     return "\n".join(lines)
 

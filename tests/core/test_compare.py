@@ -32,23 +32,27 @@ QUESTIONS = [replace(q, answer=q.answer or "cat") for q in tiny_questions(5)]
 @pytest.mark.parametrize(
     ("text", "expected"),
     [
-        ("rtn", ("rtn", {})),
-        ("fused:refine=false", ("fused", {"refine": False})),
-        ("q-vlm:depth=2, partition=layer", ("q-vlm", {"depth": 2, "partition": "layer"})),
+        ("rtn", (("rtn",), {})),
+        ("rotate+awq+gptq:damping=0.02", (("rotate", "awq", "gptq"), {"damping": 0.02})),
+        ("fused:refine=false", (("fused",), {"refine": False})),
+        ("q-vlm:depth=2, partition=layer", (("q-vlm",), {"depth": 2, "partition": "layer"})),
         (
             "x:a=[1.0,0.98],b=null,c=w4a16-g64",
-            ("x", {"a": [1.0, 0.98], "b": None, "c": "w4a16-g64"}),
+            (("x",), {"a": [1.0, 0.98], "b": None, "c": "w4a16-g64"}),
         ),
-        ('x:a="b,c=d",e={"f": 1}', ("x", {"a": "b,c=d", "e": {"f": 1}})),
+        ('x:a="b,c=d",e={"f": 1}', (("x",), {"a": "b,c=d", "e": {"f": 1}})),
+        ('x:a="b+c"', (("x",), {"a": "b+c"})),
     ],
 )
 def test_methods_carry_options(text: str, expected: Any) -> None:
     assert parse_method(text) == expected
 
 
-@pytest.mark.parametrize("text", ["x:", "x:a", "x:a=", "x:a=1 b=2", "x:a=1,", "x:=1", "x:a=[1"])
+@pytest.mark.parametrize(
+    "text", ["x:", "x:a", "x:a=", "x:a=1 b=2", "x:a=1,", "x:=1", "x:a=[1", "+x", "y+"]
+)
 def test_unreadable_methods_are_refused(text: str) -> None:
-    with pytest.raises(RecipeError, match=r"expected .* Write name or name:option=value") as caught:
+    with pytest.raises(RecipeError, match=r"expected .* Write name, name:option=value") as caught:
         parse_method(text)
     assert "\n" not in str(caught.value)
 
@@ -62,6 +66,9 @@ def test_a_format_is_a_recipe_or_the_decoders_number_format() -> None:
     assert found == {"text": "w3a16", "vision": "w8a8", "projector": "w8a8", "head": "float"}
     with pytest.raises(RecipeError, match="neither a known name"):
         parse_format("w5a5")
+    (rotated,) = recipes(["w4a16"], ["rotate+gptq:damping=0.02"])["w4a16"].values()
+    assert (rotated.method, rotated.transforms) == ("gptq", ("rotate",))
+    assert rotated.options == {"damping": 0.02}
     with pytest.raises(RecipeError, match="method 'nope' is unknown"):
         recipes(["w4a16"], ["nope"])
     with pytest.raises(RecipeError, match="unknown option 'nope'"):
@@ -194,13 +201,13 @@ def test_the_table_gives_mean_and_spread() -> None:
     assert spread([2.0], ".2f") == "2.00"
     assert spread([None, 1.0], ".2f") == "-"
     row = {
-        "format": "f", "method": "m", "kl": 0.5, "exact_match": 0.75, "perplexity": 1.5,
+        "format": "f", "method": "m", "kl": 0.5, "kl_trimmed": 0.25, "exact_match": 0.75, "perplexity": 1.5,
         "image_error": [0.1, 0.3], "text_error": [], "bits_per_weight": 4.5, "seconds": 2.0,
         "peak_mb": None, "per_task": {"a": 1.0},
     }  # fmt: skip
     (cells,) = table_rows([row])
     assert cells == (
-        "f", "m", "5.000e-01", "0.7500", "1.50000", "2.000e-01", "-", "4.500", "2.0", "-",
+        "f", "m", "5.000e-01", "2.500e-01", "0.7500", "1.50000", "2.000e-01", "-", "4.500", "2.0", "-",
     )  # fmt: skip
 
 
@@ -232,6 +239,8 @@ def test_the_command(
         "format",
         "draw",
         "kl",
+        "kl_trimmed",
+        "kl_median",
         "exact_match",
         "bits_per_weight",
         "seconds",

@@ -21,7 +21,8 @@ from qvlm.errors import RecipeError
 from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.job import Job
 from qvlm.methods import METHODS, Context
-from qvlm.methods.block_rounding import RATIOS, BlockLoss, grid_solver, split
+from qvlm.methods.block_rounding import RATIOS, BlockLoss, grid_solver
+from qvlm.methods.held_out import split
 from qvlm.methods.method import Block, State
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
@@ -30,7 +31,9 @@ from qvlm.signed_rounding import SoftWeight
 
 NOTHING: State = {}
 # Every stage off: scales by the maximum, integers by ``start`` alone.
-BARE: dict[str, Any] = {"weights": "uniform", "scales": "max", "sweeps": 0, "solver": "none"}
+BARE: dict[str, Any] = {
+    "weights": "uniform", "shrinkage": 0, "scales": "max", "sweeps": 0, "solver": "none",
+}  # fmt: skip
 QUICK: dict[str, Any] = {"steps": 4, "batch": 1, "every": 2, "sweeps": 1}
 # A start that costs nothing, for what the solver does behind it.
 NEAREST: dict[str, Any] = {"start": "nearest", "scales": "max", "sweeps": 0}

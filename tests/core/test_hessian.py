@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from qvlm.errors import CalibrationError
-from qvlm.hessian import Statistics, inverse_factor, revive_dead
+from qvlm.hessian import Statistics, inverse_factor, revive_dead, shrunk
 
 # A float32 product over 37 tokens is off by at most 37 half-units in the last place of the sum of magnitudes.
 PRODUCT = 37 * 2.0**-24
@@ -59,6 +59,21 @@ def test_unit_weights_are_no_weights() -> None:
 def test_asymmetric_needs_the_float_input() -> None:
     with pytest.raises(ValueError, match="float stream"):
         Statistics(11, True).add(inputs()[0])
+
+
+def test_shrinking_adds_to_each_channel_its_own_share() -> None:
+    u = inputs()[0].double()
+    hessian = u.T @ u
+    assert torch.equal(shrunk(hessian, 0.0), hessian)
+    found = shrunk(hessian, 0.25)
+    assert torch.equal(found.diagonal(), 1.25 * hessian.diagonal())
+    assert torch.equal(
+        found - torch.diag(found.diagonal()), hessian - torch.diag(hessian.diagonal())
+    )
+    # In units of the channels, whatever those are: powers of two scale exactly.
+    units = torch.tensor([2.0**i for i in range(-5, 6)], dtype=torch.float64)
+    scaled = hessian * torch.outer(units, units)
+    assert torch.equal(shrunk(scaled, 0.25), found * torch.outer(units, units))
 
 
 def test_factor_is_the_inverse() -> None:

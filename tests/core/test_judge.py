@@ -1,5 +1,5 @@
-"""Proves the judge's measures by their definitions: perplexity, who was right, the error of each decoder layer's output
-on image and on text tokens.
+"""Proves the judge's measures by their definitions: perplexity, divergence, who was right, the error of each decoder
+layer's output on image and on text tokens.
 
 Run: python -m pytest tests/core/test_judge.py
 """
@@ -55,6 +55,35 @@ def test_perplexity_is_that_of_the_answers() -> None:
             count += 1
     # Float32 logits of batches of another size: about 1e-6 each, relative to a loss of order one.
     assert found["perplexity"] == pytest.approx(math.exp(loss / count), rel=1e-4)
+
+
+def test_divergence_is_given_as_mean_trimmed_mean_and_median() -> None:
+    model = tiny_llava()
+    samples = [answered(model, seed, True) for seed in range(3)]
+    other = disturbed(model)
+    found = Judge(model, samples).measure(other)
+    divergences = []
+    for sample in samples:
+        rows = sample.answer_mask[1:]
+        with torch.no_grad():
+            p, q = (
+                m(**sample.model_inputs()).logits[0, :-1][rows].double().log_softmax(-1)
+                for m in (model, other)
+            )
+        divergences += (p.exp() * (p - q)).sum(-1).tolist()
+    count = len(divergences)
+    assert count < 50  # so that 98 % of them, rounded up, are all: nothing may be trimmed
+    ordered = sorted(divergences)
+    # Float32 logits of batches of another size, as above.
+    assert found["kl"] == pytest.approx(sum(ordered) / count, rel=1e-4)
+    assert found["kl_trimmed"] == found["kl"]
+    assert found["kl_median"] == pytest.approx(ordered[(count - 1) // 2], rel=1e-4)
+    # Twenty times each: now the worst are trimmed.
+    many = Judge(model, samples * 20).measure(other)
+    kept = sorted(divergences * 20)[: math.ceil(count * 20 * 0.98)]
+    assert many["kl"] == pytest.approx(found["kl"], rel=1e-4)
+    assert many["kl_trimmed"] == pytest.approx(sum(kept) / len(kept), rel=1e-4)
+    assert many["kl_trimmed"] < many["kl"]
 
 
 def test_each_question_is_told_apart_in_order() -> None:
