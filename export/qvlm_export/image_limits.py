@@ -95,6 +95,8 @@ def _within(spec: AnyresImage, area: int) -> tuple[tuple[int, int], ...]:
 def _one_less(spec: ImageSpec, rows: int) -> ImageSpec | None:
     """The next smaller images, or None at the smallest."""
     if isinstance(spec, PatchImage):
+        if rows < 1:
+            return None
         most = rows * (spec.patch * spec.merge) ** 2
         return replace(spec, most_pixels=most, least_pixels=min(spec.least_pixels, most))
     if isinstance(spec, SplitImage):
