@@ -17,8 +17,9 @@ import onnxruntime
 from onnx import numpy_helper
 
 from qvlm_runtime.backend import TensorInfo
-from qvlm_runtime.image_spec import PixelSpec, WholeImage
+from qvlm_runtime.image_spec import ImageSpec, PixelSpec, WholeImage
 from qvlm_runtime.manifest import Manifest, ModelSpec, TargetSpec, digest
+from qvlm_runtime.positions import AXES
 
 # Bytes are tokens 4..259; a prompt therefore has one token per UTF-8 byte.
 PAD, BOS, EOS, IMAGE = range(4)
@@ -188,8 +189,8 @@ def toy_weights(spec: ModelSpec, seed: int = 0) -> dict[str, np.ndarray]:
 
 _DECODER = """
 <ir_version: 10, opset_import: ["" : OPSET]>
-decoder (int64[1, S] input_ids, int64[1, S] image_index, int64[1, S] position_ids,
-         F[M, HIDDEN] image_features, CACHE_INPUTS)
+decoder (int64[1, S] input_ids, int64[1, S] image_index, int64[AXES, S] position_ids,
+         F[M, FEATURE] image_features, CACHE_INPUTS)
     => (F[1, 1, VOCAB] logits, CACHE_OUTPUTS) {
     zero = Constant <value = int64[1] {0}> ()
     one = Constant <value = int64[1] {1}> ()
@@ -201,7 +202,8 @@ decoder (int64[1, S] input_ids, int64[1, S] image_index, int64[1, S] position_id
     is_text = Less (image_index, zero)
     is_text_3d = Unsqueeze (is_text, last)
     merged = Where (is_text_3d, words, pictures)
-    where_am_i = Gather (positions, position_ids)
+    places = Gather (positions, position_ids)
+    where_am_i = ReduceSum <keepdims = 1> (places, zero)
     x = Add (merged, where_am_i)
     heads_shape = Constant <value = int64[4] {0, 0, KV, DIM}> ()
     q2 = MatMul (x, wq)
@@ -221,7 +223,12 @@ decoder (int64[1, S] input_ids, int64[1, S] image_index, int64[1, S] position_id
     zero_scalar = Squeeze (zero)
     one_scalar = Squeeze (one)
     key_positions = Range (zero_scalar, key_count_scalar, one_scalar)
-    query_positions = Unsqueeze (position_ids, last)
+    new_count = Shape <start = 1, end = 2> (input_ids)
+    slots_end = Add (first_slot, new_count)
+    first_slot_scalar = Squeeze (first_slot)
+    slots_end_scalar = Squeeze (slots_end)
+    slots = Range (first_slot_scalar, slots_end_scalar, one_scalar)
+    query_positions = Unsqueeze (slots, last)
     hidden_key = Greater (key_positions, query_positions)
     masked = Where (hidden_key, minus, scaled)
     weights = Softmax <axis = -1> (masked)
@@ -237,6 +244,7 @@ decoder (int64[1, S] input_ids, int64[1, S] image_index, int64[1, S] position_id
 """
 
 _SCATTER = """
+    first_slot = Identity (write_index)
     k_new = Transpose <perm = [0, 2, 1, 3]> (k_rows)
     v_new = Transpose <perm = [0, 2, 1, 3]> (v_rows)
     present_key_0 = TensorScatter <axis = -2> (past_key_0, k_new, write_index)
@@ -245,6 +253,7 @@ _SCATTER = """
     values = Slice (present_value_0, zero, kv_len, two)
 """
 _APPEND = """
+    first_slot = Shape <start = 1, end = 2> (past_key_0)
     present_key_0 = Identity (k_rows)
     present_value_0 = Identity (v_rows)
     all_keys = Concat <axis = 1> (past_key_0, k_rows)
@@ -293,6 +302,8 @@ def _parse(
 ) -> onnx.ModelProto:
     values = {
         "HIDDEN": spec.hidden_size,
+        "FEATURE": spec.feature_size,
+        "AXES": AXES[spec.positions],
         "VOCAB": spec.vocab_size,
         "KV": spec.kv_heads,
         "DIM": spec.head_dim,
@@ -312,16 +323,21 @@ def _parse(
 
 
 def reference_logits(
-    spec: ModelSpec, ids: Sequence[int], index: Sequence[int], features: np.ndarray | None
+    spec: ModelSpec,
+    ids: Sequence[int],
+    index: Sequence[int],
+    features: np.ndarray | None,
+    positions: np.ndarray | None = None,
 ) -> np.ndarray:
-    """float64 logits of the last token, by recomputing the whole sequence."""
+    """float64 logits of the last token, by recomputing the whole sequence; positions [axes, S]."""
     w = {name: array.astype(np.float64) for name, array in toy_weights(spec).items()}
     x = w["embedding"][list(ids)].copy()
     for position, row in enumerate(index):
         if row >= 0:
             assert features is not None
             x[position] = features[row]
-    x += w["positions"][: len(ids)]
+    rows = np.arange(len(ids))[None] if positions is None else positions
+    x += w["positions"][rows].sum(axis=0)
     heads = (len(ids), spec.kv_heads, spec.head_dim)
     q, k, v = ((x @ w[name]).reshape(heads) for name in ("wq", "wk", "wv"))
     mixed = np.zeros((spec.kv_heads, spec.head_dim))
@@ -338,8 +354,10 @@ def image_spec() -> WholeImage:
     return WholeImage(pixels, IMAGE_ROWS, ("exact", IMAGE_SIDE, IMAGE_SIDE), None)
 
 
-def write_folder(folder: Path, **changes: Any) -> Manifest:
-    """A whole model folder: "ort" in the first form this machine runs, "rtx" in the append form."""
+def write_folder(folder: Path, image: ImageSpec | None = None, **changes: Any) -> Manifest:
+    """A whole model folder: "ort" in the first form this machine runs, "rtx" in the append form;
+    with ``image``, tiles of IMAGE_SIDE.
+    """
     spec = model_spec(**changes)
     targets = {"ort": target_spec(FORMS[0]), "rtx": target_spec("append", folder="rtx")}
     folder.mkdir(parents=True, exist_ok=True)
@@ -356,6 +374,6 @@ def write_folder(folder: Path, **changes: Any) -> Manifest:
             )
             names += [path, path + ".data"]
     files = {name: digest(folder / name) for name in names}
-    manifest = Manifest("0.0.1", spec, image_spec(), targets, files, {"method": "float"})
+    manifest = Manifest("0.0.1", spec, image or image_spec(), targets, files, {"method": "float"})
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return manifest

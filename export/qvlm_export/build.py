@@ -9,6 +9,7 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.graph import GraphBuilder
+from qvlm_export.image_limits import NO_LIMITS, ImageLimits, limited
 from qvlm_export.models import builder_for
 from qvlm_export.qdq import check_deployable
 from qvlm_export.targets import Target
@@ -59,6 +60,6 @@ def model_spec(checkpoint: Checkpoint, max_context: int | None = None) -> ModelS
     return builder_for(checkpoint).model_spec(checkpoint, context(checkpoint, max_context))
 
 
-def image_spec(checkpoint: Checkpoint) -> ImageSpec:
-    """The image processor's settings."""
-    return builder_for(checkpoint).image_spec(checkpoint)
+def image_spec(checkpoint: Checkpoint, limits: ImageLimits = NO_LIMITS) -> ImageSpec:
+    """The image processor's settings, within the limits. ExportError as ``limited``."""
+    return limited(builder_for(checkpoint).image_spec(checkpoint), limits)

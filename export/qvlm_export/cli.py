@@ -30,6 +30,7 @@ from qvlm.budget import (
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
+from qvlm_export.image_limits import ImageLimits
 from qvlm_export.targets import TARGETS, Variant
 from qvlm_runtime.errors import RuntimeFault
 from qvlm_runtime.manifest import CACHE_FORMS, DTYPES
@@ -112,6 +113,8 @@ def _export_parser() -> Command:
     add_budget_arguments(parser)
     add_sensitivity_argument(parser)
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
+    add("--image-size", type=int, metavar="N", help="scale images down to N x N pixels")
+    add("--max-image-tokens", type=int, metavar="N", help="scale images down to N tokens")
     add(
         "--sm",
         type=int,
@@ -165,6 +168,7 @@ def _export(args: argparse.Namespace) -> Answer:
         args.max_context,
         tuple(args.sm or ()),
         Variant(args.dtype, args.cache, args.max_tensor and args.max_tensor * 10**6),
+        ImageLimits(args.image_size, args.max_image_tokens),
     )
     if args.dry_run:
         data = _dry_run(request)

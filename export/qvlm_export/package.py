@@ -18,6 +18,7 @@ from qvlm.progress import Progress
 from qvlm_export import engine, rtx
 from qvlm_export.build import image_spec, model_spec
 from qvlm_export.builder import EngineRow, Options, write_file
+from qvlm_export.image_limits import NO_LIMITS, ImageLimits
 from qvlm_export.processor import chat_template
 from qvlm_export.report import Report, to_html
 from qvlm_export.targets import named_target
@@ -57,12 +58,13 @@ def write_manifest(
     targets: Mapping[str, TargetSpec],
     exclude: Collection[str] = (),
     max_context: int | None = None,
+    limits: ImageLimits = NO_LIMITS,
 ) -> Manifest:
     """Digest every file in ``folder`` and write manifest.json, atomically and last.
 
     ``exclude`` names files and folders directly in ``folder`` that are not part of the result.
-    ``max_context`` must be what the graphs were built with. ExportError if a graph a target names
-    is absent or the disk refuses.
+    ``max_context`` must be what the graphs were built with; ``limits`` are of images. ExportError if
+    a graph a target names is absent or the disk refuses.
     """
     files = {}
     for path in sorted(folder.rglob("*")):
@@ -72,7 +74,7 @@ def write_manifest(
     manifest = Manifest(
         __version__,
         model_spec(checkpoint, max_context),
-        image_spec(checkpoint),
+        image_spec(checkpoint, limits),
         dict(targets),
         files,
         checkpoint.recipe.to_json(),

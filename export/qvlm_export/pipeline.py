@@ -27,6 +27,7 @@ from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
 from qvlm_export.float_range import check_range, largest_activations
+from qvlm_export.image_limits import NO_LIMITS, ImageLimits
 from qvlm_export.report import Report, component_rows, divergence
 from qvlm_export.targets import DEFAULT, Target, Variant, named_target
 from qvlm_export.verify import verify_target
@@ -47,7 +48,7 @@ class Request:
 
     source: a local directory, a hub id, a quantized checkpoint or "demo"; calib: folder or None for
     the shipped samples; capabilities: GPU generations that target rtx is compiled for (86, 89);
-    variant: what is asked of every target.
+    variant: what is asked of every target; limits: of images.
     """
 
     source: str
@@ -57,6 +58,7 @@ class Request:
     max_context: int | None = None
     capabilities: tuple[int, ...] = ()
     variant: Variant = DEFAULT
+    limits: ImageLimits = NO_LIMITS
 
     def to_json(self) -> Any:
         """What ``state.json`` compares between the interrupted and the resuming run."""
@@ -113,6 +115,9 @@ def export(
     work = out.with_name(out.name + ".partial")
     _begin(work, request, resume)
     checkpoint = Checkpoint(_quantize(request, work, progress))
+    image_spec(
+        checkpoint, request.limits
+    )  # limits that fit no image are refused before a graph is built
     specs: dict[str, TargetSpec] = {}
     sections: dict[str, dict[str, Any]] = {}
     for target in targets:
@@ -122,7 +127,12 @@ def export(
     model = model_spec(checkpoint, request.max_context)
     package.add_runtime_files(checkpoint, work)
     manifest = package.write_manifest(
-        work, checkpoint, specs, exclude=_unfinished(work), max_context=request.max_context
+        work,
+        checkpoint,
+        specs,
+        exclude=_unfinished(work),
+        max_context=request.max_context,
+        limits=request.limits,
     )
     report = Report(
         __version__,
@@ -139,7 +149,12 @@ def export(
     )
     package.write_report(work, report)
     package.write_manifest(
-        work, checkpoint, specs, exclude=_unfinished(work), max_context=request.max_context
+        work,
+        checkpoint,
+        specs,
+        exclude=_unfinished(work),
+        max_context=request.max_context,
+        limits=request.limits,
     )
     if keep_checkpoint:
         package.move(work / _CHECKPOINT, out.with_name(out.name + ".checkpoint"), overwrite)
@@ -228,7 +243,8 @@ def _target(
     if target.is_tensorrt:
         section["rules"] = _rules(work, spec, target)
     if target.name == "rtx" and request.capabilities:
-        model, image = model_spec(checkpoint, request.max_context), image_spec(checkpoint)
+        model = model_spec(checkpoint, request.max_context)
+        image = image_spec(checkpoint, request.limits)
         spec, rows = rtx.compile_target(work, spec, model, image, progress, request.capabilities)
         section["engines"] = [asdict(row) for row in rows]
     verified = verify_target(work, spec, checkpoint, progress, request.max_context)

@@ -4,20 +4,30 @@ special tokens.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from qvlm.checkpoint import Checkpoint, load_json
 from qvlm.errors import ExportError
-from qvlm_runtime.image_spec import PatchImage, PixelSpec, WholeImage
+from qvlm_runtime.image_spec import (
+    AnyresImage,
+    CanvasImage,
+    PatchImage,
+    PixelSpec,
+    SplitImage,
+    WholeImage,
+)
 
+_RESAMPLE_LANCZOS = 1
+# LLaVA-OneVision shrinks grids of rows from this factor of its limit's side on.
+_SHRINKS_BEYOND = 1.1
+_SIDES = ("height", "width")
+_HALF = (0.5, 0.5, 0.5)
 # transformers' defaults of CLIPImageProcessor.
 _RESAMPLE_BICUBIC = 3
 _RESCALE = 1 / 255
 _MEAN = (0.48145466, 0.4578275, 0.40821073)
 _STD = (0.26862954, 0.26130258, 0.27577711)
-# And of Qwen2VLImageProcessor.
-_LEAST_PIXELS, _MOST_PIXELS = 56 * 56, 28 * 28 * 1280
 
 
 def _processor(checkpoint: Checkpoint) -> tuple[Mapping[str, Any], str]:
@@ -40,11 +50,9 @@ def whole_image(checkpoint: Checkpoint, expected: tuple[int, int], rows: int) ->
     """
     data, where = _processor(checkpoint)
     resize = _resize(data, where) if data.get("do_resize", True) else None
-    crop = (
-        _size(data.get("crop_size"), where, "crop_size")
-        if data.get("do_center_crop", True)
-        else None
-    )
+    crop_size = data.get("crop_size")  # SigLIP's and BLIP's classes have none
+    cropped = data.get("do_center_crop", crop_size is not None)
+    crop = _size(crop_size, where, "crop_size") if cropped else None
     final = crop or (resize[1:] if resize is not None and resize[0] == "exact" else None)
     if final != expected:
         raise ExportError(
@@ -53,44 +61,130 @@ def whole_image(checkpoint: Checkpoint, expected: tuple[int, int], rows: int) ->
     return WholeImage(_pixels(data, where), rows, resize, crop)
 
 
-def patch_image(
-    checkpoint: Checkpoint,
-    cut: tuple[int, int, int],
-    window: int | None = None,
-    position_side: int | None = None,
-) -> PatchImage:
-    """Settings of a processor that cuts an image of any size into patches; ExportError unless they are
-    the vision tower's ``cut``: a patch's side, patches merged on a side, frames.
+def split_image(checkpoint: Checkpoint, tile: int, rows: int) -> SplitImage:
+    """Settings of Idefics3's and SmolVLM's processors; ExportError unless tiles have side ``tile``."""
+    data, where = _processor(checkpoint)
+    found = _edge(data.get("max_image_size", {"longest_edge": 364}), where, "max_image_size")
+    longest = _edge(data.get("size", {"longest_edge": 4 * 364}), where, "size")
+    _tile(where, (found, found), (tile, tile))
+    _always(data, where, "do_resize")
+    split = bool(data.get("do_image_splitting", True))
+    pixels = _pixels(data, where, _RESAMPLE_LANCZOS, _HALF, _HALF)
+    return SplitImage(pixels, rows, tile, longest, split)
 
-    The area is limited by ``size`` (least and largest under the names of two edges), or by
-    min_pixels and max_pixels. window and position_side: see PatchImage.
+
+def canvas_image(
+    checkpoint: Checkpoint, tile: tuple[int, int], rows: int
+) -> CanvasImage | WholeImage:
+    """Settings of InternVL's processor (GOT-OCR2's), which cuts into tiles of (height, width)
+    ``tile``; ExportError unless it does.
     """
     data, where = _processor(checkpoint)
-    keys = ("patch_size", "merge_size", "temporal_patch_size")
-    found = tuple(int(data.get(key, one)) for key, one in zip(keys, cut, strict=True))
-    if found != cut or not data.get("do_resize", True):
+    found = _size(data.get("size", 384), where, "size")
+    _tile(where, found, tile)
+    _always(data, where, "do_resize")
+    pixels = _pixels(data, where, _RESAMPLE_BICUBIC)
+    least, most = int(data.get("min_patches", 1)), int(data.get("max_patches", 12))
+    # InternVL's own class asks for tiles whatever the image processor's file says.
+    if most == 1:
+        return WholeImage(pixels, rows, ("exact", *tile), None)
+    return CanvasImage(pixels, rows, tile, least, most)
+
+
+def anyres_image(
+    checkpoint: Checkpoint, tile: int, cells: int, most_tiles: int | None = None
+) -> AnyresImage:
+    """Settings of LLaVA-NeXT's and LLaVA-OneVision's processors; ExportError unless tiles have side
+    ``tile``.
+
+    most_tiles: the number in LLaVA-OneVision's "anyres_max_9". Beyond 1.1^2 times as many it
+    interpolates features, which no choice of rows does: resolutions that large are left out, so a
+    large image keeps the best of the smaller ones. None: LLaVA-NeXT, which never does.
+    """
+    data, where = _processor(checkpoint)
+    size = data.get("size", tile)
+    edge = size["shortest_edge"] if isinstance(size, dict) and "shortest_edge" in size else None
+    sides = (edge, edge) if edge is not None else _size(size, where, "size")
+    crop = data.get("crop_size") if data.get("do_center_crop", True) else None
+    for found in (sides, *([_size(crop, where, "crop_size")] if crop else [])):
+        _tile(where, found, (tile, tile))
+    points = data.get("image_grid_pinpoints", checkpoint.config.get("image_grid_pinpoints"))
+    if not isinstance(points, list) or not points:
+        raise ExportError(f"{where}: image_grid_pinpoints is {points!r}, expected sizes")
+    resolutions = tuple(
+        _size(dict(zip(_SIDES, one, strict=True)), where, "image_grid_pinpoints") for one in points
+    )
+    if uneven := [one for one in resolutions if one[0] % tile or one[1] % tile]:
         raise ExportError(
-            f"{where}: {', '.join(keys)} are {found}, the vision tower takes {cut} of a resized "
-            "image. Copy the model's own processor files beside its weights."
+            f"{where}: image_grid_pinpoints has {uneven[0]}, expected multiples of {tile}"
         )
+    if most_tiles is not None:
+        area = _SHRINKS_BEYOND**2 * most_tiles * tile**2
+        resolutions = tuple(one for one in resolutions if one[0] * one[1] <= area)
+    return AnyresImage(_pixels(data, where, _RESAMPLE_BICUBIC), tile, cells, resolutions)
+
+
+def patch_image(
+    checkpoint: Checkpoint,
+    patch: int,
+    merge: int,
+    window: int | None = None,
+    position_side: int | None = None,
+    temporal: int = 2,
+) -> PatchImage:
+    """Settings of Qwen2-VL's processor, which later ones share; ExportError unless its patches are
+    the tower's. window and position_side: see PatchImage; temporal: frames of a patch.
+    """
+    data, where = _processor(checkpoint)
+    defaults = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    found = tuple(int(data.get(key, value)) for key, value in defaults.items())
+    if found != (patch, merge, temporal):
+        raise ExportError(
+            f"{where}: {', '.join(defaults)} are {found}, the vision tower takes "
+            f"{(patch, merge, temporal)}. Copy the model's own processor files beside its weights."
+        )
+    _always(data, where, "do_resize")
     size = data.get("size") or {}
-    least = data.get("min_pixels") or size.get("shortest_edge") or _LEAST_PIXELS
-    most = data.get("max_pixels") or size.get("longest_edge") or _MOST_PIXELS
-    pixels = _pixels(data, where)
-    return PatchImage(pixels, *cut, int(least), int(most), window, position_side)
+    least = data.get("min_pixels") or size.get("shortest_edge") or 56 * 56
+    most = data.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
+    pixels = _pixels(data, where, _RESAMPLE_BICUBIC)
+    return PatchImage(pixels, patch, merge, temporal, int(least), int(most), window, position_side)
 
 
-def _pixels(data: Mapping[str, Any], where: str) -> PixelSpec:
+def _pixels(
+    data: Mapping[str, Any],
+    where: str,
+    resample: int = _RESAMPLE_BICUBIC,
+    mean: Sequence[float] = _MEAN,
+    std: Sequence[float] = _STD,
+) -> PixelSpec:
+    """The keys that all processors share; the arguments are the class's defaults."""
     normalise = data.get("do_normalize", True)
     return PixelSpec(
-        resample=int(data.get("resample", _RESAMPLE_BICUBIC)),
+        resample=int(data.get("resample", resample)),
         rescale=float(data.get("rescale_factor", _RESCALE))
         if data.get("do_rescale", True)
         else None,
-        mean=_three(data.get("image_mean", _MEAN), where, "image_mean") if normalise else None,
-        std=_three(data.get("image_std", _STD), where, "image_std") if normalise else None,
+        mean=_three(data.get("image_mean", mean), where, "image_mean") if normalise else None,
+        std=_three(data.get("image_std", std), where, "image_std") if normalise else None,
         convert_rgb=bool(data.get("do_convert_rgb", True)),
     )
+
+
+def _edge(value: object, where: str, key: str) -> int:
+    if isinstance(value, dict) and isinstance(edge := value.get("longest_edge"), int):
+        return edge
+    raise ExportError(f"{where}: {key} is {value!r}, expected longest_edge")
+
+
+def _tile(where: str, found: tuple[int, int], expected: tuple[int, int]) -> None:
+    if found != expected:
+        raise ExportError(f"{where}: tiles of {found}, the vision tower takes {expected}")
+
+
+def _always(data: Mapping[str, Any], where: str, key: str) -> None:
+    if not data.get(key, True):
+        raise ExportError(f"{where}: {key} is false, expected true: sizes would not fit the graph")
 
 
 def _resize(data: Mapping[str, Any], where: str) -> tuple[Any, ...]:
