@@ -69,7 +69,7 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
             "tests/export/test_rtx.py", "test_every_graph_compiles_with_its_integers", ("llava",)
         ),
         Proof(_QUANTIZED, "test_engines_compile_with_their_integers"),
-        Proof(_QWEN, "test_every_graph_compiles_with_its_integers"),
+        Proof("tests/end_to_end/test_qwen.py", "test_the_manifest_gives_profiles_that_compile"),
     ),
     "jetpack6, 7 checked": (
         Proof(

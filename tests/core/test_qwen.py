@@ -109,11 +109,10 @@ def test_a_patch_projection_reads_rows(made: Callable[[str], Made]) -> None:
     torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_methods_beat_rounding(made: Callable[[str], Made], family: str, tmp_path: Path) -> None:
-    path, loaded, _ = made(family)
-    questions = tiny_questions(6)
-    assert len(answers(loaded, questions).texts) == 6
+def test_methods_beat_rounding(made: Callable[[str], Made], tmp_path: Path) -> None:
+    path, loaded, _ = made("qwen3_vl")
+    questions = tiny_questions(4)
+    assert len(answers(loaded, questions).texts) == len(questions)
     found = {}
     for method in ("rtn", "gptq", "q-vlm"):
         recipe = replace(RECIPES["w4a16"], method=method)

@@ -234,7 +234,7 @@ def image_spec(checkpoint: Checkpoint) -> ImageSpec:
     """The processor's settings, and what the tower asks of the runtime."""
     c = QwenConfig.of(checkpoint).vision
     side = math.isqrt(c.positions) or None
-    return patch_image(checkpoint, c.patch_side, c.merge, c.window, side)
+    return patch_image(checkpoint, c.patch_side, c.merge, c.window, side, c.frames)
 
 
 QWEN_VL = {
