@@ -43,7 +43,11 @@ def test_a_reloaded_checkpoint_reproduces_its_goldens_bit_for_bit(
         ids = torch.from_numpy(golden.inputs["input_ids"])[None]
         pixels = torch.from_numpy(golden.inputs["pixel_values"])
         sample = Sample(
-            ids, pixels, ids[0] == IMAGE_TOKEN, torch.zeros(ids.shape[1], dtype=torch.bool)
+            ids,
+            pixels,
+            ids[0] == IMAGE_TOKEN,
+            torch.zeros(ids.shape[1], dtype=torch.bool),
+            image_sizes=tuple(map(tuple, golden.inputs["image_sizes"].tolist())),
         )
         forced = torch.from_numpy(golden.inputs["tokens"])[None]
         inputs, outputs = golden_side(quantized.model, ADAPTERS["llava"], sample, 0, forced)

@@ -22,7 +22,8 @@ from qvlm.quantize import quantize
 from qvlm.recipe import RECIPES
 from qvlm_export import rtx
 from qvlm_export.bounds import epsilon, graph_bound, relative_error
-from qvlm_export.build import build, model_spec
+from qvlm_export.build import build, image_spec, model_spec
+from qvlm_export.builder import profiles
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
 from qvlm_export.kernels import check_kernels
@@ -194,24 +195,6 @@ def test_a_flat_config_is_read(checkpoints: Callable[..., Checkpoint]) -> None:
     assert found.text.rope["mrope_section"] == rope["mrope_section"]
 
 
-def _profiles(path: Path, ranges: dict[str, dict[str, tuple[int, int, int]]]) -> Any:
-    """Shapes of every input with named dimensions, from a range for each name."""
-    import onnx_ir as ir
-
-    inputs = {v.name: list(v.shape) for v in ir.load(path).graph.inputs}
-    return {
-        label: {
-            name: tuple(
-                tuple(d if isinstance(d, int) else sizes[str(d.value)][k] for d in shape)
-                for k in range(3)
-            )
-            for name, shape in inputs.items()
-            if not all(isinstance(d, int) for d in shape)
-        }
-        for label, sizes in ranges.items()
-    }
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_target_takes_the_graphs(
     checkpoints: Callable[..., Checkpoint], tmp_path: Path, family: str
@@ -225,23 +208,14 @@ def test_every_target_takes_the_graphs(
 
 
 @pytest.mark.rtx
-@pytest.mark.parametrize(
-    ("family", "cache"), [*((f, "append") for f in FAMILIES), ("qwen3_vl", "scatter")]
-)
-def test_every_graph_compiles_with_its_integers(
-    checkpoints: Callable[..., Checkpoint], tmp_path: Path, family: str, cache: Any
+def test_the_cache_in_place_compiles_with_its_integers(
+    checkpoints: Callable[..., Checkpoint], tmp_path: Path
 ) -> None:
+    """The other cache form than the default's, which end_to_end/test_qwen.py compiles."""
     pytest.importorskip("tensorrt_rtx_bindings")
-    target = named_target("rtx", Variant(cache=cache))
-    spec = build(checkpoints(family, "w4a16"), target, tmp_path, None, silent)
-    ranges: dict[str, Any] = {
-        "vision": {"image": {"P": (16, 32, 60), "G": (4, 8, 15)}},
-        "decoder": {
-            "prefill": {"S": (1, 60, 200), "P": (0, 0, 0), "M": (1, 30, 200)},
-            "decode": {"S": (1, 1, 1), "P": (1, 100, 199), "M": (1, 30, 200)},
-        },
-    }
-    for stem, path in spec.graphs.items():
-        shapes = _profiles(tmp_path / path, ranges[stem])
-        _, kernels = rtx.compile_graph(tmp_path / path, shapes, 86)
-        check_kernels(kernels, graph_facts(tmp_path / path), stem)
+    target = named_target("rtx", Variant(cache="scatter"))
+    spec = build(checkpoints("qwen3_vl", "w4a16"), target, tmp_path, None, silent)
+    model, image = (make(checkpoints("qwen3_vl", "w4a16")) for make in (model_spec, image_spec))
+    path = tmp_path / spec.graphs["decoder"]
+    _, kernels = rtx.compile_graph(path, profiles("decoder", model, image, "scatter"), 86)
+    check_kernels(kernels, graph_facts(path), "decoder")
