@@ -130,21 +130,23 @@ def patch_image(
     merge: int,
     window: int | None = None,
     position_side: int | None = None,
+    temporal: int = 2,
 ) -> PatchImage:
     """Settings of Qwen2-VL's processor, which later ones share; ExportError unless its patches are
-    the tower's.
+    the tower's. window and position_side: see PatchImage; temporal: frames of a patch.
     """
     data, where = _processor(checkpoint)
-    found = (int(data.get("patch_size", 14)), int(data.get("merge_size", 2)))
-    if found != (patch, merge):
+    defaults = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
+    found = tuple(int(data.get(key, value)) for key, value in defaults.items())
+    if found != (patch, merge, temporal):
         raise ExportError(
-            f"{where}: patch_size and merge_size {found}, the vision tower takes {(patch, merge)}"
+            f"{where}: {', '.join(defaults)} are {found}, the vision tower takes "
+            f"{(patch, merge, temporal)}. Copy the model's own processor files beside its weights."
         )
     _always(data, where, "do_resize")
     size = data.get("size") or {}
     least = data.get("min_pixels") or size.get("shortest_edge") or 56 * 56
     most = data.get("max_pixels") or size.get("longest_edge") or 28 * 28 * 1280
-    temporal = int(data.get("temporal_patch_size", 2))
     pixels = _pixels(data, where, _RESAMPLE_BICUBIC)
     return PatchImage(pixels, patch, merge, temporal, int(least), int(most), window, position_side)
 

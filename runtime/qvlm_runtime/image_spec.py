@@ -149,21 +149,29 @@ def _tuples(value: Any) -> Any:
 
 def wrong_values(spec: ImageSpec) -> Iterator[str]:
     """Values that no kind can work with, named with their key."""
-    for part, prefix in ((spec, "image"), (spec.pixels, "image.pixels")):
-        for field in fields(part):
-            value, kind = getattr(part, field.name), str(field.type)
-            if kind.startswith("int") and not (value is None and "None" in kind):
-                least = 0 if field.name == "resample" else 1
-                if type(value) is not int or value < least:
-                    yield f"{prefix}.{field.name} is {value!r}, expected an integer from {least}"
-            if kind == "bool" and not isinstance(value, bool):
-                yield f"{prefix}.{field.name} is {value!r}, expected true or false"
-            if kind.startswith("tuple[int") and not _positive(value, kind):
-                yield f"{prefix}.{field.name} is {value!r}, expected two positive integers"
+    yield from _wrong_types(spec, "image")
+    yield from _wrong_types(spec.pixels, "image.pixels")
+    if isinstance(spec, CanvasImage) and not spec.least <= spec.most:
+        yield f"image.least is {spec.least!r}, expected at most image.most, {spec.most!r}"
     if isinstance(spec, AnyresImage):
+        if not spec.resolutions:
+            yield "image.resolutions is empty, expected sizes"
         for size in spec.resolutions:
             if not _positive(size, "") or any(edge % spec.tile for edge in size):
                 yield f"image.resolutions has {size!r}, expected multiples of {spec.tile}"
+
+
+def _wrong_types(part: ImageSpec | PixelSpec, prefix: str) -> Iterator[str]:
+    for field in fields(part):
+        value, kind = getattr(part, field.name), str(field.type)
+        if kind.startswith("int") and not (value is None and "None" in kind):
+            least = 0 if field.name == "resample" else 1
+            if type(value) is not int or value < least:
+                yield f"{prefix}.{field.name} is {value!r}, expected an integer from {least}"
+        if kind == "bool" and not isinstance(value, bool):
+            yield f"{prefix}.{field.name} is {value!r}, expected true or false"
+        if kind.startswith("tuple[int") and not _positive(value, kind):
+            yield f"{prefix}.{field.name} is {value!r}, expected two positive integers"
 
 
 def _positive(value: Any, kind: str) -> bool:

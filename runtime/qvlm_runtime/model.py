@@ -83,9 +83,10 @@ class Model:
 
         question: text, or chat messages in Hugging Face's form. images, in the order of their
         markers: Pillow images, paths, encoded bytes, or uint8 arrays (NumPy, or of any library that
-        speaks ``__array_interface__`` or DLPack on the CPU); on a CUDA backend also arrays in CUDA
-        memory that are preprocessed (pixel_values [3, H, W] of the target's float type) and keep
-        their contents until the answer, or the conversation, has ended.
+        speaks ``__array_interface__`` or DLPack on the CPU); on a CUDA backend, and where an image
+        is one tile, also arrays in CUDA memory that are preprocessed (pixel_values [3, H, W] of the
+        target's float type) and keep their contents until the answer, or the conversation, has
+        ended.
 
         PromptError, ImageError, CapacityError or SessionError.
         """
@@ -170,10 +171,12 @@ class Model:
         text = self.template.render(talk.messages)
         least = [self._least_layout(image) for image in talk.images]
         # The cheap test comes first: a prompt of a thousand images is refused before any is read.
-        new_token_limit(len(self._tokens(text, least)[0]), None, self.decoder.max_rows)
+        token_ids, image_index = self._tokens(text, least)
+        new_token_limit(len(token_ids), None, self.decoder.max_rows)
         pictures = self.pictures(talk.images)
         layouts = [picture.layout for picture in pictures]
-        token_ids, image_index = self._tokens(text, layouts)
+        if layouts != least:
+            token_ids, image_index = self._tokens(text, layouts)
         positions = prompt_positions(self.manifest.model.positions, image_index, layouts)
         return Prompt(text, token_ids, image_index, positions, pictures)
 
@@ -223,8 +226,8 @@ class Model:
             return Picture.of(inputs, layout, self._feature_salt)
         if not isinstance(spec, WholeImage):
             raise ImageError(
-                f"{where}: an array in CUDA memory, expected an image in host memory: this model "
-                "cuts images up there. Copy the array first."
+                f"{where}: an array in CUDA memory, expected an image in host memory, where this "
+                "model's images are cut into tiles or patches. Copy the array first."
             )
         info = self.vision.inputs["pixel_values"]
         if (array.dtype, array.shape) != (info.dtype, info.shape[1:]):

@@ -125,7 +125,8 @@ def test_a_saved_processor_and_its_spec_give_the_same_pixels(name: str, tmp_path
         ("llava_next", {"image_grid_pinpoints": [[32, 50]]}, "multiples of 32"),
         ("llava_next", {"image_grid_pinpoints": []}, "image_grid_pinpoints is"),
         ("llava_next", {"crop_size": 24}, r"tiles of \(24, 24\)"),
-        ("qwen2_vl", {"patch_size": 16}, r"patch_size and merge_size \(16, 2\)"),
+        ("qwen2_vl", {"patch_size": 16}, r"are \(16, 2, 2\), the vision tower"),
+        ("qwen2_vl", {"temporal_patch_size": 1}, r"are \(14, 2, 1\), the vision tower"),
     ],
 )
 def test_files_that_do_not_fit_are_refused(

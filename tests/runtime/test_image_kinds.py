@@ -302,6 +302,25 @@ def test_extremes_hold_for_any_size_and_json_gives_the_spec_back(spec: ImageSpec
             assert all(math.prod(shape) > 0 for shape in shapes.values())
 
 
+@pytest.mark.parametrize(
+    ("spec", "change", "message"),
+    [
+        (NEXT, {"resolutions": ()}, "image.resolutions is empty"),
+        (NEXT, {"resolutions": ((33, 32),)}, "expected multiples of 32"),
+        (NEXT, {"cells": 0}, "image.cells is 0"),
+        (EVERY["canvas"], {"least": 13}, "image.least is 13, expected at most image.most, 12"),
+        (EVERY["canvas"], {"tile": (32,)}, "image.tile is"),
+        (SPLITS["never"], {"split": 1}, "image.split is 1"),
+        (PATCHES["qwen2-vl"], {"window": 1.5}, "image.window is 1.5"),
+    ],
+)
+def test_a_value_that_cannot_work_is_named(
+    spec: ImageSpec, change: dict[str, Any], message: str
+) -> None:
+    (wrong,) = wrong_values(dataclasses.replace(spec, **change))
+    assert message in wrong
+
+
 def test_a_file_is_turned_by_its_exif_before_it_is_cut(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6

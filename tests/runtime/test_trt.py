@@ -8,6 +8,7 @@ Run: python -m pytest tests/runtime/test_trt.py   (the test marked gpu needs a G
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -34,6 +35,7 @@ from qvlm_runtime import (
 )
 from qvlm_runtime.backend import EXACT, as_float32, as_host, host_dtype, open_session
 from qvlm_runtime.decoder import Decoder
+from qvlm_runtime.image_spec import CanvasImage
 from qvlm_runtime.manifest import read_manifest
 from qvlm_runtime.trt import TrtSession
 
@@ -452,6 +454,11 @@ def test_an_image_in_cuda_memory_is_read_where_it_is(
         model.generate("What?", [image, other], max_new_tokens=12)
         whole = device.gpu.copied["HostToDevice"] - sent - again
         assert whole - again == 3 * 6 * 6 * 4  # one image's pixels were not sent
+        spec = image_spec()
+        tiles = CanvasImage(spec.pixels, spec.rows, (6, 6), 1, 4)
+        model.manifest = dataclasses.replace(model.manifest, image=tiles)
+        with pytest.raises(ImageError, match="image 1: an array in CUDA memory, expected an image"):
+            model.generate("What?", [there])
 
 
 def test_features_are_kept_on_the_device_but_those_of_a_cuda_array_are_not(

@@ -190,7 +190,7 @@ def test_operations_count_the_head_once() -> None:
     spec = model_spec()
     weights = GraphWeights(0, 1000 + 12 * 260)
     assert prefill_operations(weights, spec, 7) == 2 * (1000 * 7 + 12 * 260)
-    assert vision_operations(GraphWeights(0, 50), spec, 2) == 2 * 50 * 3 * 2
+    assert vision_operations(GraphWeights(0, 50), 6) == 2 * 50 * 6
     assert decode_bytes(GraphWeights(100, 0), spec, 2, 5) == 100 + 5 * 2 * 2 * 6 * 2
 
 
