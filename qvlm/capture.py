@@ -100,9 +100,9 @@ class Stream:
     text, [N, tokens, hidden] or [tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden
     state, image_masks[i] bool of the shape [..., tokens] that the linears see (all True in vision and projector).
 
-    additions[i]: layer -> what the model adds to the hidden state in front of that layer; from the float model, also
-    where a quantized stream runs. entries: empty where each layer reads what left the one before; otherwise the layers
-    stand side by side, and entries[k][i] is what enters layer k.
+    additions[i]: layer -> what the model adds to the hidden state in front of that layer, from the float model, also
+    where a quantized stream runs; empty where it adds nothing. entries: empty where each layer reads what left the one
+    before; otherwise the layers stand side by side, and entries[k][i] is what enters layer k.
 
     Text only: answer_masks[i] bool of inputs[i].shape[:-1], True where the logits predict a token of the answer;
     ``logits`` turns the hidden state that leaves the last layer, any tokens of it, into logits.
@@ -135,8 +135,9 @@ class Stream:
     def forward(self, index: int, hidden: Tensor, sample: int) -> Tensor:
         """Layer ``index`` on a hidden state of sample ``sample`` (its position in this stream)."""
         args, kwargs = self.arguments[sample][index]
-        if index in self.additions[sample]:
-            hidden = hidden + self.additions[sample][index]
+        added = self.additions[sample].get(index) if self.additions else None
+        if added is not None:
+            hidden = hidden + added
         with image_tokens(self.image_masks[sample]):
             output = self.layers[index](hidden, *args, **kwargs)
         result: Tensor = output[0] if isinstance(output, tuple) else output
