@@ -302,6 +302,15 @@ def _without_video(processor: Any) -> Any:
     return Pictures
 
 
+def require_float(source: Source) -> None:
+    """CheckpointError for a source that others quantized: trials of formats have to start from float weights."""
+    if source.quantized is not None:
+        raise CheckpointError(
+            f"{source.directory}: already quantized ({source.quantized.method}), and trials of formats start from "
+            "float weights. Give the float checkpoint it was made from."
+        )
+
+
 def imports(source: Source, tree: nn.Module) -> dict[str, imported.Entry]:
     """The linears of the module tree ``tree`` whose integers the source holds; none for a float one."""
     if source.quantized is None:

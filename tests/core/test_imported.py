@@ -21,8 +21,10 @@ from tiny_source import tiny_questions
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import QvlmError
 from qvlm.plan import plan
+from qvlm.progress import silent
 from qvlm.quantize import quantize
 from qvlm.recipe import RECIPES, Recipe, component_recipe
+from qvlm.sensitivity_run import SensitivityRun, Settings
 from qvlm.source import load, open_source
 
 FLOAT = RECIPES["float"]
@@ -173,3 +175,10 @@ def test_a_transform_may_not_change_stored_integers(source: Path, tmp_path: Path
     recipe = component_recipe("w4a16", "w8a8", "w8a8", transforms=("rotate",))
     with pytest.raises(QvlmError, match="change weights that are integers already"):
         run(tmp_path / "in", tmp_path / "out", recipe)
+
+
+def test_trials_of_formats_want_float_weights(source: Path, tmp_path: Path) -> None:
+    write_imported(source, tmp_path / "in", "gptq")
+    with pytest.raises(QvlmError, match=r"already quantized \(gptq\), and trials") as caught:
+        SensitivityRun(str(tmp_path / "in"), Settings(), None, silent)
+    assert "\n" not in str(caught.value)
