@@ -294,11 +294,12 @@ def _experiment(arguments: argparse.Namespace) -> _Experiment:
     from qvlm.data import calibration, evaluation, refuse_overlap
     from qvlm.errors import CalibrationError
     from qvlm.quantize import build_samples
-    from qvlm.source import load, open_source
+    from qvlm.source import load, open_source, require_float
 
     if arguments.draws < 1:
         raise CalibrationError(f"{arguments.draws} draws, expected at least 1")
     source, progress = open_source(arguments.source), reporter()
+    require_float(source)
     questions = evaluation(arguments.eval, arguments.eval_samples, arguments.seed)
     seeds = range(arguments.seed, arguments.seed + arguments.draws)
     drawn = [calibration(arguments.calib, arguments.samples, seed) for seed in seeds]

@@ -7,7 +7,7 @@ does not divide, an unknown method or option) is refused before anything long be
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ from qvlm.errors import RecipeError
 from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.models.adapter import Adapter
 from qvlm.recipe import COMPONENTS, EMBEDDING, Format, Recipe
-from qvlm.source import Source, skeleton
+from qvlm.source import Source, imports, skeleton
 
 Formats = dict[str, dict[str, Format]]
 
@@ -83,16 +83,26 @@ def check_method(recipe: Recipe) -> None:
         )
 
 
-def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> Formats:
-    """component -> full linear name -> format, quantized linears only; RecipeError if one cannot take its format."""
+def resolve(
+    model: nn.Module, adapter: Adapter, recipe: Recipe, imported: Collection[str] = ()
+) -> Formats:
+    """component -> full linear name -> format, quantized linears only; RecipeError if one cannot take its format.
+
+    imported: linears that are integers already. No rule is for them, and no transform may change the weights.
+    """
     check_method(recipe)
+    if imported and (names := transform.chosen(recipe)):
+        raise RecipeError(
+            f"transforms {', '.join(names)}: change weights that are integers already. Use method rtn, gptq, gptaq or "
+            "q-vlm without transforms, or the float checkpoint."
+        )
     transform.check(model, adapter, recipe)
     formats: Formats = {}
     for component in COMPONENTS:
         chosen = {}
         for name, linear in adapter.linears(model, component).items():
             format_ = recipe.format_of(component, name)
-            if format_.weights is not None:
+            if format_.weights is not None and name not in imported:
                 if format_.name in embedding.TABLE_FORMATS:
                     raise RecipeError(
                         f"{name}: format {format_.name!r} is for token tables. Use w8a8 or w4a16."
@@ -137,7 +147,11 @@ def plan(source: Source, recipe: Recipe) -> Plan:
     """The plan of quantizing ``source`` by ``recipe``; RecipeError or CheckpointError as the real run would raise."""
     model = skeleton(source.directory)
     adapter = source.adapter
-    formats = resolve(model, adapter, recipe)
+    entries = imports(source, model)
+    own = resolve(model, adapter, recipe, entries)
+    formats = {component: dict(own.get(component, {})) for component in COMPONENTS}
+    for name, entry in entries.items():
+        formats[entry.component][name] = entry.format
     rows, counted = [], 0
     for component in COMPONENTS:
         linears = adapter.linears(model, component)
@@ -176,7 +190,7 @@ def plan(source: Source, recipe: Recipe) -> Plan:
         recipe.samples,
         tuple(rows),
         2 * (total - counted),
-        _peak_bytes(model, adapter, recipe, formats, total),
+        _peak_bytes(model, adapter, recipe, own, total),
     )
 
 

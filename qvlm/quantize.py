@@ -43,7 +43,7 @@ from qvlm.models.adapter import Adapter
 from qvlm.plan import Formats, Plan, plan, resolve
 from qvlm.progress import Progress, silent
 from qvlm.recipe import COMPONENTS, EMBEDDING, Recipe
-from qvlm.source import Loaded, Source, load, open_source, skeleton
+from qvlm.source import Loaded, Source, imports, load, open_source, skeleton
 from qvlm.transform import chosen, transform
 from qvlm.workdir import WorkDirectory, digest
 
@@ -92,7 +92,8 @@ def quantize(
     """
     work = WorkDirectory(output, resume)
     source = open_source(source) if isinstance(source, str) else source
-    formats = resolve(skeleton(source.directory), source.adapter, recipe)
+    tree = skeleton(source.directory)
+    formats = resolve(tree, source.adapter, recipe, imports(source, tree))
     chosen = questions if questions is not None else calibration(calib, recipe.samples, recipe.seed)
     loaded = load(source, progress)
     run = _Run(source, loaded, recipe, formats, progress)
@@ -176,6 +177,8 @@ class _Run:
         self.recipe, self.formats, self.progress = recipe, formats, progress
         self.method = METHODS[recipe.method]
         self.linears: dict[str, tuple[str, QuantizedLinear]] = {}
+        # Linears that are integers already: no method sees them, each takes its place when its component's turn ends.
+        self.imported = loaded.imported
         # The head is then the embedding, which is stored once and under its own name.
         self.tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
 
@@ -304,7 +307,13 @@ class _Run:
             if component in streams:
                 rows = self._component(streams.pop(component), samples, state, work)
                 report["components"][component] = rows
+            self._place_imported(component)
         return report
+
+    def _place_imported(self, component: str) -> None:
+        names = [n for n in self.adapter.linears(self.model, component) if n in self.imported]
+        fakequant.apply(self.model, {name: self.imported[name] for name in names})
+        self.linears.update({name: (component, self.imported[name]) for name in names})
 
     def _component(
         self, stream: Stream, samples: Sequence[Sample], state: State, work: WorkDirectory

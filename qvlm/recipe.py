@@ -117,6 +117,7 @@ FORMATS: dict[str, Format] = {
         Format("float", None),
         Format("w4a16", WeightScheme(4, "group", 128)),
         Format("w4a16-g64", WeightScheme(4, "group", 64)),
+        Format("w4a16-g32", WeightScheme(4, "group", 32)),
         Format("w8a8", WeightScheme(8, "channel", None), ActivationScheme(8, "token")),
         Format("w8a8-static", WeightScheme(8, "channel", None), ActivationScheme(8, "tensor")),
         Format("w8a8-split", WeightScheme(8, "channel", None), ActivationScheme(8, "modality")),

@@ -25,7 +25,7 @@ from qvlm.quantize import build_samples, identity
 from qvlm.recipe import FORMATS, Recipe, named_format
 from qvlm.results import Results
 from qvlm.sensitivity import Case, Unit, measure, measure_recipe, units
-from qvlm.source import Source, load, open_source, skeleton
+from qvlm.source import Source, load, open_source, require_float, skeleton
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
@@ -64,6 +64,7 @@ class SensitivityRun:
     ) -> None:
         self.settings, recipe = settings, settings.recipe
         self.source = open_source(source) if isinstance(source, str) else source
+        require_float(self.source)
         questions = calibration(settings.calib, settings.samples, settings.seed)
         loaded = load(self.source, progress)
         samples = build_samples(loaded, self.source.adapter, questions, progress)
@@ -121,6 +122,7 @@ def recipe_within(
     Without a complete file they are measured first, by ``settings``. RecipeError as ``budget.solve``.
     """
     source = open_source(source) if isinstance(source, str) else source
+    require_float(source)
     model = skeleton(source.directory)
     stored = load_json(file) if file.exists() else {}
     rows = stored.get("rows", [])

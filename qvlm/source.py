@@ -1,7 +1,7 @@
 """Opens the float model: a Hugging Face directory, a hub id or ``demo``; refuses what cannot work before loading it.
 
 Everything that can be wrong with a download is found from config.json and the safetensors headers, in milliseconds:
-no code from the checkpoint ever runs, and a missing, truncated or already quantized file is named.
+no code from the checkpoint ever runs, and a missing or truncated file, or a quantization that cannot be kept, is named.
 """
 
 from __future__ import annotations
@@ -9,16 +9,17 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from qvlm.checkpoint import load_json
+from qvlm import imported
+from qvlm.checkpoint import QuantizedLinear, load_json
 from qvlm.errors import CheckpointError, UnsupportedModelError
 from qvlm.models import ADAPTERS, Adapter
 from qvlm.progress import Progress, silent
@@ -40,41 +41,46 @@ _HEADER_LIMIT = 100_000_000
 
 @dataclass(frozen=True)
 class Source:
-    """A float checkpoint whose files were checked. ``shards``: safetensors file names in order."""
+    """A checkpoint whose files were checked. ``shards``: safetensors file names in order.
+
+    quantized: how others quantized it, None for a float one (``imported``).
+    """
 
     name: str
     directory: Path
     config: dict[str, Any]
     adapter: Adapter
     shards: tuple[str, ...]
+    quantized: imported.Settings | None = None
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """The model in float32, eval mode, eager attention, and its processor (Pillow, never torchvision)."""
+    """The model in float32, eval mode, eager attention, and its processor (Pillow, never torchvision).
+
+    imported: the integers that some of its linears stand for, if the source was quantized.
+    """
 
     model: nn.Module
     processor: Any
+    imported: Mapping[str, QuantizedLinear] = field(default_factory=dict)
 
 
 def open_source(name: str) -> Source:
     """Find and check a source without loading weights.
 
-    Raises CheckpointError (missing, truncated, remote code, already quantized) or UnsupportedModelError.
+    Raises CheckpointError (missing, truncated, remote code, quantized in a way that cannot be kept) or
+    UnsupportedModelError.
     """
     directory = _locate(name)
     config = load_json(directory / "config.json")
     _refuse_remote_code(directory)
-    if "quantization_config" in config:
-        method = config["quantization_config"].get("quant_method", "unknown")
-        raise CheckpointError(
-            f"{directory / 'config.json'}: already quantized ({method}). Give the float checkpoint it was made from."
-        )
+    quantized = imported.settings(config, str(directory / "config.json"))
     adapter = _adapter(config, directory)
     shards = _shards(directory)
     for shard in shards:
         _check_complete(directory / shard)
-    return Source(name, directory, config, adapter, shards)
+    return Source(name, directory, config, adapter, shards, quantized)
 
 
 def _locate(name: str) -> Path:
@@ -221,6 +227,13 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
     from transformers import AutoModelForImageTextToText
 
     check_finite(source, progress)
+    if source.quantized is not None:
+        tree = skeleton(source.directory)
+        tensors, linears = imported.read(
+            source.quantized, source.directory, source.shards, imports(source, tree), tree
+        )
+        model = build_model(source.directory, tensors, "Download the checkpoint again")
+        return Loaded(model, load_processor(source.directory), linears)
     auto: Any = AutoModelForImageTextToText
     with _quiet():
         try:
@@ -289,7 +302,31 @@ def _without_video(processor: Any) -> Any:
     return Pictures
 
 
-def build_model(directory: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
+def require_float(source: Source) -> None:
+    """CheckpointError for a source that others quantized: trials of formats have to start from float weights."""
+    if source.quantized is not None:
+        raise CheckpointError(
+            f"{source.directory}: already quantized ({source.quantized.method}), and trials of formats start from "
+            "float weights. Give the float checkpoint it was made from."
+        )
+
+
+def imports(source: Source, tree: nn.Module) -> dict[str, imported.Entry]:
+    """The linears of the module tree ``tree`` whose integers the source holds; none for a float one."""
+    if source.quantized is None:
+        return {}
+    headers = {
+        name: entry
+        for shard in source.shards
+        for name, entry in read_header(source.directory / shard).items()
+    }
+    where = str(source.directory)
+    return imported.entries(source.quantized, headers, tree, source.adapter, where)
+
+
+def build_model(
+    directory: Path, tensors: dict[str, torch.Tensor], remedy: str = "Quantize again"
+) -> nn.Module:
     """The model of a directory's config.json with the given float32 tensors; CheckpointError if one is missing."""
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
@@ -315,7 +352,7 @@ def build_model(directory: Path, tensors: dict[str, torch.Tensor]) -> nn.Module:
             ) from error
     if info["missing_keys"]:
         raise CheckpointError(
-            f"{directory}: tensor {min(info['missing_keys'])} is not stored. Quantize again."
+            f"{directory}: tensor {min(info['missing_keys'])} is not stored. {remedy}."
         )
     built: nn.Module = model.eval().requires_grad_(False)
     return built
