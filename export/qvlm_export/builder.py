@@ -15,6 +15,7 @@ from typing import Any
 from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.facts import graph_facts
+from qvlm_export.image_limits import within_context
 from qvlm_export.kernels import Kernel, Telling, check, integer_products
 from qvlm_runtime.image_spec import AnyresImage, ImageSpec, Layout, PatchImage
 from qvlm_runtime.manifest import CacheForm, EngineSpec, ModelSpec, TargetSpec
@@ -65,6 +66,7 @@ def profiles(
     for a prompt in pieces and for a conversation that goes on. A "scatter" cache has fixed shapes,
     so its prefill takes any piece. image_features: from one row to as many as the context holds.
     """
+    image = within_context(image, model.max_context)
     least, largest = extremes(image)
     usual = layout(image, *_USUAL)
     if graph == "vision":

@@ -113,7 +113,7 @@ def _export_parser() -> Command:
     add_budget_arguments(parser)
     add_sensitivity_argument(parser)
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
-    add("--image-size", type=int, metavar="N", help="scale images down to N x N pixels")
+    add("--image-size", type=int, metavar="N", help="scale images down to the area of N x N pixels")
     add("--max-image-tokens", type=int, metavar="N", help="scale images down to N tokens")
     add(
         "--sm",

@@ -24,6 +24,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from qvlm.errors import ExportError
 from qvlm_export.conform.view import GraphView, attribute, tensor_bytes
+from qvlm_export.image_limits import within_context
 from qvlm_runtime.image_spec import AnyresImage, ImageSpec, Layout
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
 from qvlm_runtime.vision import extremes, input_shapes
@@ -147,7 +148,7 @@ def fit(
     )
     item = 4 if spec.dtype == "float32" else 2
     row = 2 * model.layers * model.kv_heads * model.head_dim * item
-    largest_image = extremes(image)[1]
+    largest_image = extremes(within_context(image, model.max_context))[1]
     vision = peak_bytes(views["vision"], _vision_dimensions(image, largest_image), {})
 
     def activations(tokens: int) -> int:

@@ -24,7 +24,7 @@ from qvlm_runtime.vision import extremes, input_shapes
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """image_size: at most image_size x image_size pixels; max_image_tokens: rows of image_features
+    """image_size: at most as many pixels as a square of that side has; max_image_tokens: rows of image_features
     that one image takes. None: what the processor's files say.
     """
 
@@ -46,11 +46,13 @@ def limited(spec: ImageSpec, limits: ImageLimits) -> ImageSpec:
         return spec
     tile = _tile_of(spec)
     side = tile if image_size is None else image_size
-    if isinstance(spec, WholeImage) or side < tile:
+    if isinstance(spec, WholeImage):
         raise ExportError(
-            f"--image-size, --max-image-tokens: images of this model take {tile} pixels a side or "
-            "more and fixed tokens. Leave the option out."
+            f"--image-size, --max-image-tokens: images of this model have one size, {tile} pixels a "
+            "side, and one number of tokens. Leave the option out."
         )
+    if side < tile:
+        raise ExportError(f"--image-size {side}: expected at least {tile}, a tile of this model.")
     smaller = spec if image_size is None else _sized(spec, image_size)
     while max_image_tokens is not None and extremes(smaller)[1].rows > max_image_tokens:
         found = _one_less(smaller, max_image_tokens)
@@ -62,6 +64,16 @@ def limited(spec: ImageSpec, limits: ImageLimits) -> ImageSpec:
             )
         smaller = found
     return smaller
+
+
+def within_context(spec: ImageSpec, context: int) -> ImageSpec:
+    """The spec without patch images of ``context`` rows or more, which no prompt holds: an engine
+    need not be built for them. Towers of fixed tiles are left as they are.
+    """
+    if not isinstance(spec, PatchImage):
+        return spec
+    most = min(spec.most_pixels, max(1, context - 1) * (spec.patch * spec.merge) ** 2)
+    return replace(spec, most_pixels=most, least_pixels=min(spec.least_pixels, most))
 
 
 def _tile_of(spec: ImageSpec) -> int:
@@ -78,7 +90,8 @@ def _sized(spec: ImageSpec, side: int) -> ImageSpec:
         most = min(spec.most_pixels, side**2)
         return replace(spec, most_pixels=most, least_pixels=min(spec.least_pixels, most))
     if isinstance(spec, SplitImage):
-        return replace(spec, longest_edge=min(spec.longest_edge, side))
+        # The edge is rounded up to whole tiles.
+        return replace(spec, longest_edge=min(spec.longest_edge, side - side % spec.tile))
     if isinstance(spec, CanvasImage):
         most = min(spec.most, max(1, side**2 // (spec.tile[0] * spec.tile[1])))
         return replace(spec, most=most, least=min(spec.least, most))

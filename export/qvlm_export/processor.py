@@ -121,6 +121,11 @@ def anyres_image(
     if most_tiles is not None:
         area = _SHRINKS_BEYOND**2 * most_tiles * tile**2
         resolutions = tuple(one for one in resolutions if one[0] * one[1] <= area)
+        if not resolutions:
+            raise ExportError(
+                f"{where}: image_grid_pinpoints has no size of {most_tiles} tiles or fewer, which "
+                "vision_aspect_ratio allows. Give it one."
+            )
     return AnyresImage(_pixels(data, where, _RESAMPLE_BICUBIC), tile, cells, resolutions)
 
 

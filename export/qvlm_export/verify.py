@@ -240,6 +240,12 @@ class _Replay:
                 feed = {**feed, "pixel_values": part}
                 types = {name: self.vision.inputs[name].dtype for name in feed}
                 runs.append({name: a.astype(types[name]) for name, a in feed.items()})
+        if start != len(golden.inputs["pixel_values"]):
+            raise VerificationError(
+                f"{self.paths['vision']}: images of the goldens have {len(golden.inputs['pixel_values'])} "
+                f"rows of pixels, the manifest's image settings make {start}. A folder exported with "
+                "--image-size or --max-image-tokens is verified while it is exported only."
+            )
         return runs
 
     def _features(self, golden: Golden) -> Array:

@@ -31,14 +31,15 @@ def _fitted(spec: PatchImage, height: int, width: int) -> tuple[int, int]:
             f"expected at most {_LARGEST_RATIO}. Crop the image first."
         )
     high, wide = round(height / unit) * unit, round(width / unit) * unit
+    if high * wide < spec.least_pixels:
+        scale = math.sqrt(spec.least_pixels / (height * width))
+        high = math.ceil(height * scale / unit) * unit
+        wide = math.ceil(width * scale / unit) * unit
+    # Also behind the other branch: where the limits are close, rounding up can pass the upper one.
     if high * wide > spec.most_pixels:
         scale = math.sqrt(height * width / spec.most_pixels)
         high = max(unit, math.floor(height / scale / unit) * unit)
         wide = max(unit, math.floor(width / scale / unit) * unit)
-    elif high * wide < spec.least_pixels:
-        scale = math.sqrt(spec.least_pixels / (height * width))
-        high = math.ceil(height * scale / unit) * unit
-        wide = math.ceil(width * scale / unit) * unit
     if high * wide > spec.most_pixels:  # a sliver, whose short edge cannot get shorter
         raise ImageError(
             f"image of {width} x {height} pixels becomes {wide} x {high}, expected at most "

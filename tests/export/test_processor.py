@@ -5,6 +5,7 @@ python -m pytest tests/export/test_processor.py
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from PIL import Image
 
 from qvlm.errors import ExportError
 from qvlm_export import processor
-from qvlm_export.image_limits import ImageLimits, limited
+from qvlm_export.image_limits import ImageLimits, limited, within_context
 from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.vision import extremes, layout, prepare
 
@@ -157,24 +158,44 @@ def test_limits_bound_every_image(name: str, tmp_path: Path) -> None:
     assert limited(spec, ImageLimits(10**6, 10**6)) == spec
     most = extremes(spec)[1].rows
     generator = np.random.default_rng(4)
+    taken = 0
     for tokens in {most - 1, 2 * most // 3, most // 2}:
         try:
             smaller = limited(spec, ImageLimits(max_image_tokens=tokens))
         except ExportError as error:
             assert "Give a larger number" in str(error)
             continue
+        taken += 1
         assert type(smaller) is type(spec) and extremes(smaller)[1].rows <= tokens
         for height, width in generator.integers(90, 300, (50, 2)).tolist():
             assert layout(smaller, height, width).rows <= tokens
+    assert taken, "no limit was accepted"
     narrow = limited(spec, ImageLimits(image_size=48))
     assert extremes(narrow)[1].rows < most
     with pytest.raises(ExportError, match="or more"):
         limited(spec, ImageLimits(max_image_tokens=0))
-    with pytest.raises(ExportError, match="Leave the option out"):
+    with pytest.raises(ExportError, match="--image-size 8: expected at least"):
         limited(spec, ImageLimits(image_size=8))
+
+
+def test_a_limit_at_the_lower_one_takes_every_image(tmp_path: Path) -> None:
+    """Qwen3-VL's own numbers: both limits meet, and rounding up would pass the upper one."""
+    _, _, settings, read = CASES["qwen2_vl"]
+    spec = replace(read(Files(tmp_path, settings)), patch=16, merge=2, least_pixels=65536)
+    narrow = limited(replace(spec, most_pixels=16777216), ImageLimits(max_image_tokens=64))
+    sides = range(40, 700, 20)
+    rows = [layout(narrow, height, width).rows for height in sides for width in sides]
+    assert max(rows) <= 64
+
+
+def test_an_engine_is_not_built_for_images_no_prompt_holds(tmp_path: Path) -> None:
+    _, _, settings, read = CASES["qwen2_vl"]
+    spec = replace(read(Files(tmp_path, settings)), most_pixels=12845056)
+    assert extremes(within_context(spec, 4096))[1].rows == 4095
+    assert within_context(spec, 10**6) == spec
 
 
 def test_a_tower_of_one_size_takes_no_limit(tmp_path: Path) -> None:
     _, _, settings, read = CASES["llava"]
-    with pytest.raises(ExportError, match="take 32 pixels a side or more and fixed tokens"):
+    with pytest.raises(ExportError, match="have one size, 32 pixels a side"):
         limited(read(Files(tmp_path, settings)), ImageLimits(max_image_tokens=100))

@@ -27,8 +27,13 @@ def _whole(checkpoint: Checkpoint, c: TilesConfig) -> WholeImage:
     return whole_image(checkpoint, (size, size), c.rows_per_tile)
 
 
-def _pieces(checkpoint: Checkpoint, c: TilesConfig) -> AnyresImage:
-    return anyres_image(checkpoint, c.vision.image_size, c.vision.side)
+def _pieces(checkpoint: Checkpoint, c: TilesConfig, most: int | None = None) -> AnyresImage:
+    if c.rows_per_tile != c.vision.side**2:
+        raise ExportError(
+            f"{checkpoint.directory / 'config.json'}: vision_feature_select_strategy keeps the class token, "
+            "expected 'default': a tile's rows must be a square."
+        )
+    return anyres_image(checkpoint, c.vision.image_size, c.vision.side, most)
 
 
 def _bounded_pieces(checkpoint: Checkpoint, c: TilesConfig) -> AnyresImage:
@@ -39,7 +44,7 @@ def _bounded_pieces(checkpoint: Checkpoint, c: TilesConfig) -> AnyresImage:
             f"{checkpoint.directory / 'config.json'}: vision_aspect_ratio is {found!r}, expected {_MOST} and a number"
         )
     most = int(found.removeprefix(_MOST))
-    return anyres_image(checkpoint, c.vision.image_size, c.vision.side, most)
+    return _pieces(checkpoint, c, most)
 
 
 LLAVA = tiles_family(Tiles("llava", ("clip_vision_model",), ("llama",), _DEFAULTS, _whole))
