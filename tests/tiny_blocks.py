@@ -7,6 +7,8 @@ from tiny_models import IMAGE_TOKEN, prompts, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
 from qvlm.capture import Sample, Stream, capture_stream
+from qvlm.checkpoint import QuantizedLinear
+from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.fold import fold_scale, points
 from qvlm.methods.method import Block, Context
 from qvlm.models import ADAPTERS
@@ -72,3 +74,18 @@ def tiny_block(stream: Stream, format_name: str, error: float = 0.0, layer: int 
         for f in floats
     ]
     return Block(stream, layer, layer + 1, linears, formats, floats, quant)
+
+
+def block_error(block: Block, results: dict[str, QuantizedLinear]) -> float:
+    """Squared error of the block's output, quantized stream against float stream."""
+    functions = {
+        name: FakeQuantLinear.from_quantized(q, block.linears[name].bias).forward
+        for name, q in results.items()
+    }
+    total = 0.0
+    with torch.no_grad():
+        for i, (f, u) in enumerate(zip(block.float_inputs, block.quant_inputs, strict=True)):
+            wanted = block.run(f, i)
+            with substituted(block.linears, functions):
+                total += float((block.run(u, i) - wanted).square().sum())
+    return total

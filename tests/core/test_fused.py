@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_blocks import tiny_block, tiny_stream
+from tiny_blocks import block_error, tiny_block, tiny_stream
 from tiny_models import IMAGE_TOKEN, prompts, tiny_llava
 
 from qvlm import affine
@@ -78,21 +78,6 @@ def two_layers(format_name: str = "w3a16", count: int = 5) -> Block:
     )
 
 
-def output_error(block: Block, results: dict[str, QuantizedLinear]) -> float:
-    """Squared error of the block's output, quantized stream against float stream."""
-    functions = {
-        name: FakeQuantLinear.from_quantized(q, block.linears[name].bias).forward
-        for name, q in results.items()
-    }
-    total = 0.0
-    with torch.no_grad():
-        for i, (f, u) in enumerate(zip(block.float_inputs, block.quant_inputs, strict=True)):
-            wanted = block.run(f, i)
-            with substituted(block.linears, functions):
-                total += float((block.run(u, i) - wanted).square().sum())
-    return total
-
-
 @pytest.mark.parametrize(
     ("start", "method", "options"),
     [("nearest", "rtn", {}), ("gptq", "gptq", {"scales": "max"}), ("gptaq", "gptaq", {"scales": "max"})],
@@ -130,7 +115,7 @@ def test_beats_round_to_nearest_and_leaves_the_model_alone(
     found = quantized(block, "fused", format_name, solver_bits=8, **QUICK)
     nearest = quantized(block, "rtn", format_name)
     assert found.linears.keys() == block.linears.keys() == set(found.report["linears"])
-    assert output_error(block, found.linears) < output_error(block, nearest.linears)
+    assert block_error(block, found.linears) < block_error(block, nearest.linears)
     for name, linear in block.linears.items():
         assert torch.equal(linear.weight, before[name]) and linear.weight.grad is None
         assert "forward" not in linear.__dict__ and not linear._forward_pre_hooks

@@ -11,17 +11,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny_blocks import tiny_block, tiny_stream
+from tiny_blocks import block_error, tiny_block, tiny_stream
 
 from qvlm import affine
-from qvlm.checkpoint import QuantizedLinear
 from qvlm.errors import CalibrationError, RecipeError
 from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.hessian import Statistics
 from qvlm.methods import METHODS
 from qvlm.methods.gptaq import tied_alpha
 from qvlm.methods.gptq import Settings, gptq_matrix
-from qvlm.methods.method import Block, State
+from qvlm.methods.method import State
 from qvlm.recipe import Recipe, WeightScheme, component_recipe
 
 SCHEMES = (
@@ -273,21 +272,6 @@ def recipe(method: str, format_name: str, **options: Any) -> Recipe:
     return component_recipe(format_name, format_name, format_name, method=method, options=options)
 
 
-def layer_error(block: Block, results: dict[str, QuantizedLinear]) -> float:
-    """Mean squared error of the block's output, quantized stream against float stream."""
-    functions = {
-        name: FakeQuantLinear.from_quantized(q, block.linears[name].bias).forward
-        for name, q in results.items()
-    }
-    total = 0.0
-    with torch.no_grad():
-        for i, (f, u) in enumerate(zip(block.float_inputs, block.quant_inputs, strict=True)):
-            wanted = block.run(f, i)
-            with substituted(block.linears, functions):
-                total += float((block.run(u, i) - wanted).square().sum())
-    return total
-
-
 @pytest.mark.parametrize("method", ["gptq", "gptaq"])
 @pytest.mark.parametrize(
     ("component", "format_name"),
@@ -302,7 +286,7 @@ def test_block_beats_round_to_nearest_and_stays_float(
     found = METHODS[method].quantize_block(block, recipe(method, format_name), NOTHING)
     nearest = METHODS["rtn"].quantize_block(block, recipe("rtn", format_name), NOTHING)
     assert found.linears.keys() == block.linears.keys() == set(found.report["linears"])
-    assert layer_error(block, found.linears) < layer_error(block, nearest.linears)
+    assert block_error(block, found.linears) < block_error(block, nearest.linears)
     for name, linear in block.linears.items():
         assert torch.equal(linear.weight, before[name])
         assert "forward" not in linear.__dict__ and not linear._forward_pre_hooks

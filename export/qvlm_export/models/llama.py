@@ -11,6 +11,7 @@ from typing import Any
 
 import onnx_ir as ir
 
+from qvlm.checkpoint import Checkpoint
 from qvlm_export.attention import CausalAttention, HeadShape, Rotary, causal_attention
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.ops import (
@@ -23,7 +24,9 @@ from qvlm_export.ops import (
     rope_tables,
     split_heads,
 )
+from qvlm_export.processor import eos_token_ids, template_tokens, token_text
 from qvlm_export.qdq import has_linear, heads_linear, linear, linears, lookup
+from qvlm_runtime.manifest import ModelSpec
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,26 @@ class LlamaConfig:
         return HeadShape(
             self.num_attention_heads, self.num_key_value_heads or self.num_attention_heads, head_dim
         )
+
+
+def decoder_spec(
+    checkpoint: Checkpoint, c: LlamaConfig, image_token_id: int, context: int
+) -> ModelSpec:
+    """The manifest's numbers of a model with this decoder, one row of features as wide as a token."""
+    return ModelSpec(
+        family=str(checkpoint.config["model_type"]),
+        hidden_size=c.hidden_size,
+        vocab_size=c.vocab_size,
+        layers=c.num_hidden_layers,
+        kv_heads=c.heads.kv_heads,
+        head_dim=c.heads.head_dim,
+        max_context=context,
+        eos_token_ids=eos_token_ids(checkpoint),
+        image_token=token_text(checkpoint, image_token_id),
+        image_token_id=image_token_id,
+        feature_size=c.hidden_size,
+        template_tokens=template_tokens(checkpoint),
+    )
 
 
 def decoder(

@@ -14,9 +14,9 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.models.family import Family
-from qvlm_export.models.llama import LlamaConfig, decoder
+from qvlm_export.models.llama import LlamaConfig, decoder, decoder_spec
 from qvlm_export.models.qwen_vit import QwenVitConfig, features
-from qvlm_export.processor import eos_token_ids, patch_image, template_tokens, token_text
+from qvlm_export.processor import patch_image
 from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec
 
@@ -213,21 +213,8 @@ def max_context(checkpoint: Checkpoint) -> int:
 def model_spec(checkpoint: Checkpoint, context: int) -> ModelSpec:
     """The manifest's numbers."""
     c = QwenConfig.of(checkpoint)
-    return ModelSpec(
-        family=str(checkpoint.config["model_type"]),
-        hidden_size=c.text.hidden_size,
-        vocab_size=c.text.vocab_size,
-        layers=c.text.num_hidden_layers,
-        kv_heads=c.text.heads.kv_heads,
-        head_dim=c.text.heads.head_dim,
-        max_context=context,
-        eos_token_ids=eos_token_ids(checkpoint),
-        image_token=token_text(checkpoint, c.image_token_id),
-        image_token_id=c.image_token_id,
-        feature_size=c.vision.feature_size,
-        positions="mrope",
-        template_tokens=template_tokens(checkpoint),
-    )
+    spec = decoder_spec(checkpoint, c.text, c.image_token_id, context)
+    return replace(spec, feature_size=c.vision.feature_size, positions="mrope")
 
 
 def image_spec(checkpoint: Checkpoint) -> ImageSpec:

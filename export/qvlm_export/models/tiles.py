@@ -9,7 +9,7 @@ computes it from the picture's size, the graph gathers.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import onnx_ir as ir
@@ -18,14 +18,9 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.models.family import Family
-from qvlm_export.models.llama import LlamaConfig, decoder
+from qvlm_export.models.llama import LlamaConfig, decoder, decoder_spec
 from qvlm_export.models.vit import VitConfig, final_norm, hidden_states
 from qvlm_export.ops import INT64_MAX, activation, layer_norm
-from qvlm_export.processor import (
-    eos_token_ids,
-    template_tokens,
-    token_text,
-)
 from qvlm_export.qdq import linear
 from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import MarkerSpec, ModelSpec
@@ -211,21 +206,8 @@ def _newline(b: GraphBuilder, tiles: Tiles, hidden: int) -> ir.Value:
 
 def _model_spec(tiles: Tiles, checkpoint: Checkpoint, context: int) -> ModelSpec:
     c = TilesConfig.of(tiles, checkpoint)
-    return ModelSpec(
-        family=tiles.model_type,
-        hidden_size=c.text.hidden_size,
-        vocab_size=c.text.vocab_size,
-        layers=c.text.num_hidden_layers,
-        kv_heads=c.text.heads.kv_heads,
-        head_dim=c.text.heads.head_dim,
-        max_context=context,
-        eos_token_ids=eos_token_ids(checkpoint),
-        image_token=token_text(checkpoint, c.image_token_id),
-        image_token_id=c.image_token_id,
-        feature_size=c.text.hidden_size,
-        marker=tiles.marker(checkpoint),
-        template_tokens=template_tokens(checkpoint),
-    )
+    spec = decoder_spec(checkpoint, c.text, c.image_token_id, context)
+    return replace(spec, marker=tiles.marker(checkpoint))
 
 
 def tiles_family(tiles: Tiles) -> Family:
