@@ -101,7 +101,8 @@ class Stream:
     state, image_masks[i] bool of the shape [..., tokens] that the linears see (all True in vision and projector).
 
     additions[i]: layer -> what the model adds to the hidden state in front of that layer, from the float model, also
-    where a quantized stream runs; empty where it adds nothing. entries: empty where each layer reads what left the one
+    where a quantized stream runs; empty where it adds nothing. The same holds for ``arguments``: a cross attention reads
+    what the float tower gave. entries: empty where each layer reads what left the one
     before; otherwise the layers stand side by side, and entries[k][i] is what enters layer k.
 
     Text only: answer_masks[i] bool of inputs[i].shape[:-1], True where the logits predict a token of the answer;
@@ -163,7 +164,7 @@ def capture_stream(
     stream = Stream(component, names, layers, (), [], [], [])
     if component == "text":
         stream.logits = _tail(model, adapter)
-    apart = component == "projector" and len(layers) > 1
+    apart = component == "projector" and bool(adapter.projectors)
     stream.entries = [[] for _ in layers] if apart else []
     for number, sample in enumerate(samples):
         seen = _Seen(len(layers))
@@ -223,10 +224,12 @@ def _tail(model: nn.Module, adapter: Adapter) -> Callable[[Tensor], Tensor]:
     """What follows the last text layer, as a function [batch, tokens, hidden] -> logits.
 
     The module that owns the layers runs with every layer passing its input through, so the norm it ends with (and
-    whatever else a family puts there) is its own.
+    whatever else a family puts there) is its own; ``Adapter.tail`` runs in its place where it is given.
     """
     path = adapter.text_layers.rpartition(".")[0]
     owner, head = model.get_submodule(path), model.get_submodule(adapter.head)
+    if adapter.tail:
+        return nn.Sequential(*(model.get_submodule(name) for name in adapter.tail), head)
     layers = list(model.get_submodule(adapter.text_layers).children())
 
     def logits(hidden: Tensor) -> Tensor:

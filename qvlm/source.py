@@ -20,7 +20,7 @@ from torch import nn
 
 from qvlm import imported
 from qvlm.checkpoint import QuantizedLinear, load_json
-from qvlm.errors import CheckpointError, UnsupportedModelError
+from qvlm.errors import CalibrationError, CheckpointError, UnsupportedModelError
 from qvlm.models import ADAPTERS, Adapter
 from qvlm.progress import Progress, silent
 
@@ -123,7 +123,10 @@ def _adapter(config: dict[str, Any], directory: Path) -> Adapter:
             f"{directory / 'config.json'}: model_type {model_type!r} is not supported. Supported: "
             f"{', '.join(ADAPTERS)}. A new family is one file in qvlm/models and one line in its __init__.py."
         )
-    return ADAPTERS[model_type]
+    adapter = ADAPTERS[model_type]
+    if reason := adapter.refusal(config):
+        raise UnsupportedModelError(f"{directory / 'config.json'}: {reason}")
+    return adapter
 
 
 def _shards(directory: Path) -> tuple[str, ...]:
@@ -253,7 +256,16 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
                 f"{source.directory}: tensor {min(info['missing_keys'])} is in none of the shards "
                 f"({len(info['missing_keys'])} missing). Download the checkpoint again."
             )
-    return Loaded(model.eval().requires_grad_(False), load_processor(source.directory))
+    return Loaded(_ready(model), load_processor(source.directory))
+
+
+def _ready(model: Any) -> nn.Module:
+    """The model in eval mode, without gradients, its forward as every caller here expects it."""
+    hook = ADAPTERS[str(model.config.model_type)].forward_hook
+    if hook is not None:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
 
 
 def load_processor(directory: Path) -> Any:
@@ -271,11 +283,39 @@ def load_processor(directory: Path) -> Any:
             known: Any = PROCESSOR_MAPPING.get(type(config), None)
             if known is not None and "video_processor" in known.get_attributes():
                 auto = _without_video(known)
-            return auto.from_pretrained(directory, local_files_only=True, backend="pil")
+            processor = auto.from_pretrained(directory, local_files_only=True, backend="pil")
+            return _completed(processor, ADAPTERS.get(str(config.model_type)), directory)
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CheckpointError(
                 f"{directory}: tokenizer or image processor not loadable ({_first_line(error)})"
             ) from error
+
+
+def _completed(processor: Any, adapter: Adapter | None, directory: Path) -> Any:
+    """A processor with the chat template and the limit on images that its adapter names."""
+    if adapter is not None and adapter.chat_template and not processor.chat_template:
+        # Not every processor reads the directory's own.
+        path = directory / "chat_template.jinja"
+        own = path.read_text(encoding="utf-8") if path.is_file() else ""
+        processor.chat_template = own or adapter.chat_template
+    if adapter is not None and adapter.images is not None:
+        processor.__class__ = _with_few_images(type(processor), adapter.images)
+    return processor
+
+
+def _with_few_images(processor: Any, most: int) -> Any:
+    """A processor class that refuses more images in a prompt than ``most``, which it would leave out in silence."""
+
+    class Few(processor):  # type: ignore[misc]
+        def __call__(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
+            count = len(images) if isinstance(images, list | tuple) else int(images is not None)
+            if count > most:
+                raise CalibrationError(
+                    f"a prompt has {count} images, this model takes {most}. Give a question for each image."
+                )
+            return super().__call__(images, *args, **kwargs)
+
+    return Few
 
 
 def _without_video(processor: Any) -> Any:
@@ -354,8 +394,7 @@ def build_model(
         raise CheckpointError(
             f"{directory}: tensor {min(info['missing_keys'])} is not stored. {remedy}."
         )
-    built: nn.Module = model.eval().requires_grad_(False)
-    return built
+    return _ready(model)
 
 
 def skeleton(config_directory: Path) -> nn.Module:
