@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -20,9 +19,11 @@ from torch import nn
 
 from qvlm import imported
 from qvlm.checkpoint import QuantizedLinear, load_json
-from qvlm.errors import CalibrationError, CheckpointError, UnsupportedModelError
+from qvlm.errors import CheckpointError, UnsupportedModelError
 from qvlm.models import ADAPTERS, Adapter
+from qvlm.processor import load_processor
 from qvlm.progress import Progress, silent
+from qvlm.quiet import first_line, quiet
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -205,23 +206,6 @@ def check_finite(source: Source, progress: Progress = silent) -> None:
     progress("check weights", len(source.shards), len(source.shards))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' own progress bars and advice off; our command line reports instead."""
-    from transformers.utils import logging as library_logging
-
-    logging: Any = library_logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load(source: Source, progress: Progress = silent) -> Loaded:
     """Check every weight and load model and processor.
 
@@ -238,7 +222,7 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
         model = build_model(source.directory, tensors, "Download the checkpoint again")
         return Loaded(model, load_processor(source.directory), linears)
     auto: Any = AutoModelForImageTextToText
-    with _quiet():
+    with quiet():
         try:
             model, info = auto.from_pretrained(
                 source.directory,
@@ -249,7 +233,7 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{source.directory}: transformers cannot load it ({_first_line(error)})"
+                f"{source.directory}: transformers cannot load it ({first_line(error)})"
             ) from error
         if info["missing_keys"]:
             raise CheckpointError(
@@ -266,80 +250,6 @@ def _ready(model: Any) -> nn.Module:
         model.register_forward_pre_hook(hook, with_kwargs=True)
     ready: nn.Module = model.eval().requires_grad_(False)
     return ready
-
-
-def load_processor(directory: Path) -> Any:
-    """Tokenizer and image processor of a directory; CheckpointError if transformers cannot make them.
-
-    A processor's video part is left out: it is made of torchvision, and no video is read here.
-    """
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    auto: Any = AutoProcessor
-    with _quiet():
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
-            known: Any = PROCESSOR_MAPPING.get(type(config), None)
-            if known is not None and "video_processor" in known.get_attributes():
-                auto = _without_video(known)
-            processor = auto.from_pretrained(directory, local_files_only=True, backend="pil")
-            return _completed(processor, ADAPTERS.get(str(config.model_type)), directory)
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise CheckpointError(
-                f"{directory}: tokenizer or image processor not loadable ({_first_line(error)})"
-            ) from error
-
-
-def _completed(processor: Any, adapter: Adapter | None, directory: Path) -> Any:
-    """A processor with the chat template and the limit on images that its adapter names."""
-    if adapter is not None and adapter.chat_template and not processor.chat_template:
-        # Not every processor reads the directory's own.
-        path = directory / "chat_template.jinja"
-        own = path.read_text(encoding="utf-8") if path.is_file() else ""
-        processor.chat_template = own or adapter.chat_template
-    if adapter is not None and adapter.images is not None:
-        processor.__class__ = _with_few_images(type(processor), adapter.images)
-    return processor
-
-
-def _with_few_images(processor: Any, most: int) -> Any:
-    """A processor class that refuses more images in a prompt than ``most``, which it would leave out in silence."""
-
-    class Few(processor):  # type: ignore[misc]
-        def __call__(self, images: Any = None, *args: Any, **kwargs: Any) -> Any:
-            count = len(images) if isinstance(images, list | tuple) else int(images is not None)
-            if count > most:
-                raise CalibrationError(
-                    f"a prompt has {count} images, this model takes {most}. Give a question for each image."
-                )
-            return super().__call__(images, *args, **kwargs)
-
-    return Few
-
-
-def _without_video(processor: Any) -> Any:
-    """A processor class whose ``video_processor`` is None."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    makers: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
-
-    class Pictures(processor):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor":
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-        @classmethod
-        def _get_arguments_from_pretrained(
-            cls, directory: Any, processor_dict: Any = None, **kwargs: Any
-        ) -> list[Any]:
-            return [
-                makers[name].from_pretrained(directory, **kwargs) if name in makers else None
-                for name in cls.get_attributes()
-            ]
-
-    return Pictures
 
 
 def require_float(source: Source) -> None:
@@ -371,7 +281,7 @@ def build_model(
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     auto: Any = AutoModelForImageTextToText
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
             config.__dict__.pop("quantization_config", None)
@@ -388,7 +298,7 @@ def build_model(
                 model.generation_config = GenerationConfig.from_pretrained(directory)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{directory}: transformers cannot build it ({_first_line(error)})"
+                f"{directory}: transformers cannot build it ({first_line(error)})"
             ) from error
     if info["missing_keys"]:
         raise CheckpointError(
@@ -402,7 +312,7 @@ def skeleton(config_directory: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         try:
             config = AutoConfig.from_pretrained(config_directory, local_files_only=True)
             config.__dict__.pop("quantization_config", None)
@@ -412,10 +322,5 @@ def skeleton(config_directory: Path) -> nn.Module:
             return model.eval()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{config_directory / 'config.json'}: transformers cannot build it ({_first_line(error)})"
+                f"{config_directory / 'config.json'}: transformers cannot build it ({first_line(error)})"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line}"

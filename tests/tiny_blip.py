@@ -90,7 +90,9 @@ def tiny_blip(seed: int = 0, **changes: Any) -> Any:
 
 def tiny_tokenizer() -> PreTrainedTokenizerFast:
     """A token per byte, "</s>" in front as OPT's has it."""
-    vocabulary = {t: i for i, t in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    vocabulary = {
+        t: i for i, t in enumerate([*SPECIALS, *sorted(pre_tokenizers.ByteLevel.alphabet())])
+    }
     core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()

@@ -20,7 +20,21 @@ _QFORMER = "qformer.encoder.layer"
 _FUSED_VALUES = "its values come out of one linear with queries and keys, whose rows do not commute with a scale alone"
 _BEHIND_SUM = "reads a norm that the residual reads as well: a scale of one would change the other"
 _BEHIND_TOWER = "reads the vision tower's output, whose norm other layers read too"
-_BEHIND_VALUES = "a scale pair folds in vision, text and head only, where the widths of heads are known"
+_BEHIND_QUERIES = (
+    "reads the learned queries and no picture: what it gives is a constant to every compiler"
+)
+_BEHIND_VALUES = (
+    "a scale pair holds for every layer of its component, and not every one has this attention"
+)
+# OPT-350M norms behind the layers, OPT before transformers 4.20 has no last norm; a scale passes ReLU only; text enters
+# the Q-Former of InstructBLIP.
+_TEXT_EXPECTED = {
+    "do_layer_norm_before": True,
+    "_remove_final_layer_norm": False,
+    "layer_norm_elementwise_affine": True,
+    "activation_function": "relu",
+}
+_QUERIES_EXPECTED = {"use_qformer_text_input": False}
 # What its authors evaluate question answering with (arXiv 2301.12597, appendix); an empty question asks for a caption.
 # The processor puts the image's tokens in front by itself.
 TEMPLATE = (
@@ -35,16 +49,16 @@ TEMPLATE = (
 def _refusal(config: Mapping[str, Any]) -> str:
     text, queries = config.get("text_config") or {}, config.get("qformer_config") or {}
     if (kind := text.get("model_type", "opt")) != "opt":
-        return f"BLIP-2 with text_config model_type {kind!r}, expected opt (as in blip2-opt-2.7b): decoders only."
-    wide = text.get("word_embed_proj_dim") or text.get("hidden_size", 768)
-    if wide != text.get("hidden_size", 768) or not text.get("do_layer_norm_before", True):
-        return "text_config projects embeddings or norms behind the layers (OPT-350M), expected norms before them."
-    if text.get("activation_function", "relu") != "relu":
-        return f"text_config activation_function {text['activation_function']!r}, expected relu."
-    if queries.get("use_qformer_text_input"):
-        return "qformer_config use_qformer_text_input is true, expected false: no text enters this Q-Former."
+        return f"text_config model_type is {kind!r}, expected 'opt' (as in blip2-opt-2.7b)."
+    width = text.get("hidden_size", 768)
+    if (text.get("word_embed_proj_dim") or width) != width:
+        return f"text_config word_embed_proj_dim is {text['word_embed_proj_dim']}, expected hidden_size, {width}."
+    for part, expected in ((text, _TEXT_EXPECTED), (queries, _QUERIES_EXPECTED)):
+        for key, value in expected.items():
+            if (found := part.get(key, value)) != value:
+                return f"{key} is {found!r}, expected {value!r} (as in blip2-opt-2.7b)."
     if config.get("image_token_index") is None:
-        return "no image_token_index. Download the checkpoint again: its files have it since transformers 4.46."
+        return "no image_token_index. Download the checkpoint again: its newer files have it."
     return ""
 
 
@@ -90,6 +104,10 @@ ADAPTER = Adapter(
         ScalePair("text", "fc1", ("fc2",), "fc2"),
         ScalePair("head", f"/{_TEXT}.final_layer_norm", ("",), ""),
     ),
+    keep_float={
+        f"{_QFORMER}.0.attention.*": _BEHIND_QUERIES,
+        f"{_QFORMER}.0.crossattention.attention.query": _BEHIND_QUERIES,
+    },
     unfolded={
         "vision_model.*.self_attn.projection": _FUSED_VALUES,
         "vision_model.*.mlp.fc2": parts.BEHIND_ACTIVATION,
