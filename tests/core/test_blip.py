@@ -25,6 +25,7 @@ from qvlm.models import ADAPTERS
 from qvlm.quantize import quantize
 from qvlm.recipe import COMPONENTS, RECIPES
 from qvlm.source import Loaded, load, open_source
+from qvlm.visual_objective import Model
 
 ADAPTER = ADAPTERS["blip-2"]
 
@@ -99,6 +100,14 @@ def test_cached_steps_equal_one_forward(loaded: Loaded, samples: list[Sample], n
     with torch.no_grad():  # the decoder alone, as transformers runs it for text
         if number == 2:
             torch.testing.assert_close(model.language_model(ids).logits[:, -8:], whole)
+
+
+def test_the_visual_encoder_step_sees_the_tower(loaded: Loaded, samples: list[Sample]) -> None:
+    """What enters the projector is the tower's output, not what the linear behind the Q-Former reads."""
+    model: Any = loaded.model
+    seen = Model(model, ADAPTER).run(samples[0])
+    expected = model.vision_model(samples[0].pixel_values).last_hidden_state
+    assert seen.vision is not None and torch.equal(seen.vision, expected)
 
 
 def test_methods_beat_rounding(source: Path, loaded: Loaded, tmp_path: Path) -> None:

@@ -133,17 +133,17 @@ def test_query_tokens_stand_before_the_first_token(tmp_path: Path) -> None:
         assert list(model.prepare(messages).token_ids) == [1] * (5 * more) + expected
 
 
-@pytest.mark.parametrize("family", ["blip-2"])
-def test_blips_own_template_gives_the_processors_token_ids(family: str, tmp_path: Path) -> None:
+def test_blips_own_template_gives_the_processors_token_ids(tmp_path: Path) -> None:
     """The template that the core gives BLIP-2 writes no markers; one picture stands in front, more are refused."""
     from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
     from transformers.models.blip_2.processing_blip_2 import Blip2Processor
 
     from qvlm.models import ADAPTERS
 
-    blip = dataclasses.replace(BLIP, template=ADAPTERS[family].chat_template)
+    adapter = ADAPTERS["blip-2"]
+    blip = dataclasses.replace(BLIP, template=adapter.chat_template)
     made = model_of(blip, tmp_path)
-    spec = dataclasses.replace(made.manifest.model, images=ADAPTERS[family].images)
+    spec = dataclasses.replace(made.manifest.model, images=adapter.images)
     model = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, model=spec))
     pixels = BlipImageProcessorPil(size={"height": 16, "width": 16})
     processor = Blip2Processor(pixels, of_transformers(blip, tmp_path), num_query_tokens=5)
