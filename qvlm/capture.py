@@ -62,6 +62,11 @@ def build_sample(
         prefix = int(differs[0]) if len(differs) else length
         asked, ids = full, full["input_ids"]
     answer_mask = torch.arange(ids.shape[1]) >= prefix
+    if images and not bool((ids == image_token_id).any()):
+        raise CalibrationError(
+            f"the processor writes no image token ({image_token_id}) for a picture. Its files do not belong to this "
+            "model: copy the model's own processor_config.json and tokenizer files beside its weights."
+        )
     known = ("input_ids", "pixel_values", "attention_mask", "token_type_ids")
     return Sample(
         ids,
@@ -100,9 +105,10 @@ class Stream:
     text, [N, tokens, hidden] or [tokens, hidden] for vision), arguments[i][k] what layer k gets besides the hidden
     state, image_masks[i] bool of the shape [..., tokens] that the linears see (all True in vision and projector).
 
-    additions[i]: layer -> what the model adds to the hidden state in front of that layer, from the float model, also
-    where a quantized stream runs; empty where it adds nothing. entries: empty where each layer reads what left the one
-    before; otherwise the layers stand side by side, and entries[k][i] is what enters layer k.
+    additions[i]: layer -> what the model adds to the hidden state in front of that layer; empty where it adds nothing.
+    Additions and arguments are those of the float model, also where a quantized stream runs: a cross attention reads
+    what the float tower gave. entries: empty where each layer reads what left the one before; otherwise the layers
+    stand side by side, and entries[k][i] is what enters layer k.
 
     Text only: answer_masks[i] bool of inputs[i].shape[:-1], True where the logits predict a token of the answer;
     ``logits`` turns the hidden state that leaves the last layer, any tokens of it, into logits.
@@ -163,7 +169,7 @@ def capture_stream(
     stream = Stream(component, names, layers, (), [], [], [])
     if component == "text":
         stream.logits = _tail(model, adapter)
-    apart = component == "projector" and len(layers) > 1
+    apart = component == "projector" and bool(adapter.projectors)
     stream.entries = [[] for _ in layers] if apart else []
     for number, sample in enumerate(samples):
         seen = _Seen(len(layers))
@@ -223,10 +229,12 @@ def _tail(model: nn.Module, adapter: Adapter) -> Callable[[Tensor], Tensor]:
     """What follows the last text layer, as a function [batch, tokens, hidden] -> logits.
 
     The module that owns the layers runs with every layer passing its input through, so the norm it ends with (and
-    whatever else a family puts there) is its own.
+    whatever else a family puts there) is its own; ``Adapter.tail`` runs in its place where it is given.
     """
     path = adapter.text_layers.rpartition(".")[0]
     owner, head = model.get_submodule(path), model.get_submodule(adapter.head)
+    if adapter.tail:
+        return nn.Sequential(*(model.get_submodule(name) for name in adapter.tail), head)
     layers = list(model.get_submodule(adapter.text_layers).children())
 
     def logits(hidden: Tensor) -> Tensor:

@@ -37,7 +37,7 @@ PATCH_FORMATS = ("w4a16", "w4a16-g64")
 
 def modules(model: nn.Module, adapter: Adapter) -> dict[str, nn.Module]:
     """Name -> module of every embedding a recipe may quantize; a table shared with the head is not among them."""
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    tied = adapter.tied(model)
     found = {name: model.get_submodule(name) for name in adapter.embeddings}
     return {
         name: module

@@ -24,9 +24,10 @@ from qvlm.errors import CalibrationError, UnsupportedModelError
 from qvlm.generate import decode, stop_tokens
 from qvlm.models import ADAPTERS
 from qvlm.models.adapter import Adapter
+from qvlm.processor import load_processor
 from qvlm.progress import Progress, silent
 from qvlm.recipe import COMPONENTS, EMBEDDING
-from qvlm.source import Loaded, build_model, load_processor, skeleton
+from qvlm.source import Loaded, build_model, skeleton
 
 BATCH = 32
 # Tokens a generation may take beyond the reference before it is certainly wrong.

@@ -27,8 +27,12 @@ def image_tokens(mask: Tensor) -> Iterator[None]:
 
 
 def current(x: Tensor) -> Tensor:
-    """The mask [batch, tokens] of a linear's input [batch, tokens, in]; RuntimeError if nobody said it."""
+    """The mask of a linear's input, [batch, tokens, in] or [batch * tokens, in], in the input's form; RuntimeError if
+    nobody said it.
+    """
     mask = _image.get()
+    if mask is not None and x.ndim == 2:
+        mask = mask.flatten()
     if mask is None or mask.shape != x.shape[:-1]:
         known = None if mask is None else tuple(mask.shape)
         raise RuntimeError(

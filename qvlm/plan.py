@@ -126,7 +126,7 @@ def _check_split(component: str, name: str, format_: Format) -> None:
 
 
 def _check_tied_head(model: nn.Module, adapter: Adapter, formats: Formats) -> None:
-    if "head" in formats and getattr(model.config, "tie_word_embeddings", False):
+    if "head" in formats and adapter.tied(model):
         raise RecipeError(
             f"{adapter.head}: shares its weight with the embedding, which stays float. Keep the head in float."
         )

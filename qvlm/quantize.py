@@ -178,7 +178,7 @@ class _Run:
         # Linears that are integers already: no method sees them, each takes its place when its component's turn ends.
         self.imported = loaded.imported
         # The head is then the embedding, which is stored once and under its own name.
-        self.tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
+        self.tied = source.adapter.tied(loaded.model)
 
     def transform(self, samples: list[Sample], work: WorkDirectory) -> dict[str, Any]:
         """Apply the recipe's transforms; what they report."""

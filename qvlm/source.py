@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,9 @@ from qvlm import imported
 from qvlm.checkpoint import QuantizedLinear, load_json
 from qvlm.errors import CheckpointError, UnsupportedModelError
 from qvlm.models import ADAPTERS, Adapter
+from qvlm.processor import load_processor
 from qvlm.progress import Progress, silent
+from qvlm.quiet import first_line, quiet
 
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -123,7 +124,10 @@ def _adapter(config: dict[str, Any], directory: Path) -> Adapter:
             f"{directory / 'config.json'}: model_type {model_type!r} is not supported. Supported: "
             f"{', '.join(ADAPTERS)}. A new family is one file in qvlm/models and one line in its __init__.py."
         )
-    return ADAPTERS[model_type]
+    adapter = ADAPTERS[model_type]
+    if reason := adapter.refusal(config):
+        raise UnsupportedModelError(f"{directory / 'config.json'}: {reason}")
+    return adapter
 
 
 def _shards(directory: Path) -> tuple[str, ...]:
@@ -202,23 +206,6 @@ def check_finite(source: Source, progress: Progress = silent) -> None:
     progress("check weights", len(source.shards), len(source.shards))
 
 
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """transformers' own progress bars and advice off; our command line reports instead."""
-    from transformers.utils import logging as library_logging
-
-    logging: Any = library_logging
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
-
-
 def load(source: Source, progress: Progress = silent) -> Loaded:
     """Check every weight and load model and processor.
 
@@ -235,7 +222,7 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
         model = build_model(source.directory, tensors, "Download the checkpoint again")
         return Loaded(model, load_processor(source.directory), linears)
     auto: Any = AutoModelForImageTextToText
-    with _quiet():
+    with quiet():
         try:
             model, info = auto.from_pretrained(
                 source.directory,
@@ -246,60 +233,23 @@ def load(source: Source, progress: Progress = silent) -> Loaded:
             )
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{source.directory}: transformers cannot load it ({_first_line(error)})"
+                f"{source.directory}: transformers cannot load it ({first_line(error)})"
             ) from error
         if info["missing_keys"]:
             raise CheckpointError(
                 f"{source.directory}: tensor {min(info['missing_keys'])} is in none of the shards "
                 f"({len(info['missing_keys'])} missing). Download the checkpoint again."
             )
-    return Loaded(model.eval().requires_grad_(False), load_processor(source.directory))
+    return Loaded(_ready(model), load_processor(source.directory))
 
 
-def load_processor(directory: Path) -> Any:
-    """Tokenizer and image processor of a directory; CheckpointError if transformers cannot make them.
-
-    A processor's video part is left out: it is made of torchvision, and no video is read here.
-    """
-    from transformers import AutoConfig, AutoProcessor
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
-    auto: Any = AutoProcessor
-    with _quiet():
-        try:
-            config = AutoConfig.from_pretrained(directory, local_files_only=True)
-            known: Any = PROCESSOR_MAPPING.get(type(config), None)
-            if known is not None and "video_processor" in known.get_attributes():
-                auto = _without_video(known)
-            return auto.from_pretrained(directory, local_files_only=True, backend="pil")
-        except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-            raise CheckpointError(
-                f"{directory}: tokenizer or image processor not loadable ({_first_line(error)})"
-            ) from error
-
-
-def _without_video(processor: Any) -> Any:
-    """A processor class whose ``video_processor`` is None."""
-    from transformers import AutoImageProcessor, AutoTokenizer
-
-    makers: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
-
-    class Pictures(processor):  # type: ignore[misc]
-        def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
-            if argument_name == "video_processor":
-                return None
-            return super().check_argument_for_proper_class(argument_name, argument)
-
-        @classmethod
-        def _get_arguments_from_pretrained(
-            cls, directory: Any, processor_dict: Any = None, **kwargs: Any
-        ) -> list[Any]:
-            return [
-                makers[name].from_pretrained(directory, **kwargs) if name in makers else None
-                for name in cls.get_attributes()
-            ]
-
-    return Pictures
+def _ready(model: Any) -> nn.Module:
+    """The model in eval mode, without gradients, its forward as every caller here expects it."""
+    hook = ADAPTERS[str(model.config.model_type)].forward_hook
+    if hook is not None:
+        model.register_forward_pre_hook(hook, with_kwargs=True)
+    ready: nn.Module = model.eval().requires_grad_(False)
+    return ready
 
 
 def require_float(source: Source) -> None:
@@ -331,7 +281,7 @@ def build_model(
     from transformers import AutoConfig, AutoModelForImageTextToText, GenerationConfig
 
     auto: Any = AutoModelForImageTextToText
-    with _quiet():
+    with quiet():
         try:
             config = AutoConfig.from_pretrained(directory, local_files_only=True)
             config.__dict__.pop("quantization_config", None)
@@ -348,14 +298,13 @@ def build_model(
                 model.generation_config = GenerationConfig.from_pretrained(directory)
         except (OSError, ValueError, RuntimeError, KeyError) as error:
             raise CheckpointError(
-                f"{directory}: transformers cannot build it ({_first_line(error)})"
+                f"{directory}: transformers cannot build it ({first_line(error)})"
             ) from error
     if info["missing_keys"]:
         raise CheckpointError(
             f"{directory}: tensor {min(info['missing_keys'])} is not stored. {remedy}."
         )
-    built: nn.Module = model.eval().requires_grad_(False)
-    return built
+    return _ready(model)
 
 
 def skeleton(config_directory: Path) -> nn.Module:
@@ -363,7 +312,7 @@ def skeleton(config_directory: Path) -> nn.Module:
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     auto: Any = AutoModelForImageTextToText
-    with _quiet(), torch.device("meta"):
+    with quiet(), torch.device("meta"):
         try:
             config = AutoConfig.from_pretrained(config_directory, local_files_only=True)
             config.__dict__.pop("quantization_config", None)
@@ -373,10 +322,5 @@ def skeleton(config_directory: Path) -> nn.Module:
             return model.eval()
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{config_directory / 'config.json'}: transformers cannot build it ({_first_line(error)})"
+                f"{config_directory / 'config.json'}: transformers cannot build it ({first_line(error)})"
             ) from error
-
-
-def _first_line(error: BaseException) -> str:
-    line = (str(error).strip().splitlines() or [""])[0]
-    return f"{type(error).__name__}: {line}"

@@ -134,6 +134,7 @@ class Model:
     def __init__(self, model: nn.Module, adapter: Adapter) -> None:
         self.model = model
         self.projector = model.get_submodule(adapter.projector)
+        self.tower = model.get_submodule(adapter.vision_output) if adapter.vision_output else None
         self.layers = [model.get_submodule(n) for n in adapter.layer_names(model, "text")]
 
     def run(self, sample: Sample, leaf: bool = False) -> Seen:
@@ -145,6 +146,9 @@ class Model:
 
         def before_projector(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             vision.append(args[0])
+
+        def after_tower(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            vision.append(output)
 
         def before_layer(
             module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]
@@ -164,7 +168,10 @@ class Model:
             hidden.append(output[0] if isinstance(output, tuple) else output)
 
         with ExitStack() as stack:
-            hooks = [self.projector.register_forward_pre_hook(before_projector)]
+            if self.tower is None:
+                hooks = [self.projector.register_forward_pre_hook(before_projector)]
+            else:
+                hooks = [self.tower.register_forward_hook(after_tower)]
             hooks += [
                 layer.register_forward_pre_hook(before_layer, with_kwargs=True)
                 for layer in self.layers

@@ -28,9 +28,11 @@ FAMILIES = {
     "qwen2_vl": "Qwen2-VL",
     "qwen2_5_vl": "Qwen2.5-VL",
     "qwen3_vl": "Qwen3-VL",
+    "blip-2": "BLIP-2 (OPT)",
 }
 _GRAPHS, _TILES, _QWEN = (f"tests/export/test_{n}.py" for n in ("graphs", "tiles", "qwen"))
 _QUANTIZED = "tests/export/test_tiles_quantized.py"
+_BLIP = "tests/export/test_blip.py"
 _KINDS, _PROMPTS = "tests/runtime/test_image_kinds.py", "tests/runtime/test_prompt_text.py"
 
 
@@ -54,15 +56,20 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
         Proof(_GRAPHS, "test_float32_equals_transformers", ("llava",)),
         Proof(_TILES, "test_float32_equals_transformers"),
         Proof(_QWEN, "test_float32_equals_transformers"),
+        Proof(_BLIP, "test_float32_equals_transformers", ("blip-2",)),
     ),
     "quantized exact, ort": (
         Proof("tests/export/test_verify.py", "test_a_correct_export_passes", ("llava",)),
         Proof(_QUANTIZED, "test_verify_accepts_the_export"),
         Proof(_QWEN, "test_quantized_equals_fake_quantization"),
+        Proof(_BLIP, "test_quantized_equals_fake_quantization", ("blip-2",)),
     ),
     "answers through ort": (
         Proof(_QUANTIZED, "test_a_folder_answers_as_transformers_does"),
         Proof("tests/end_to_end/test_qwen.py", "test_the_runtime_answers_as_transformers"),
+        Proof(
+            "tests/end_to_end/test_blip.py", "test_the_runtime_answers_as_transformers", ("blip-2",)
+        ),
     ),
     "rtx compiled": (
         Proof(
@@ -70,6 +77,7 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
         ),
         Proof(_QUANTIZED, "test_engines_compile_with_their_integers"),
         Proof("tests/end_to_end/test_qwen.py", "test_the_manifest_gives_profiles_that_compile"),
+        Proof(_BLIP, "test_engines_compile_with_their_integers", ("blip-2",)),
     ),
     "jetpack6, 7 checked": (
         Proof(
@@ -79,6 +87,7 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
         ),
         Proof(_TILES, "test_graphs_of_every_target_have_no_findings"),
         Proof(_QWEN, "test_every_target_takes_the_graphs"),
+        Proof(_BLIP, "test_graphs_of_every_target_have_no_findings", ("blip-2",)),
     ),
     "images equal": (
         Proof("tests/runtime/test_image.py", "test_equal_to_transformers_bit_for_bit", ("llava",)),
@@ -87,8 +96,12 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
         Proof(_KINDS, "test_anyres_equals_llava_next", ("llava_next",)),
         Proof(_KINDS, "test_anyres_equals_llava_onevision", ("llava_onevision",)),
         Proof(_KINDS, "test_patches_equal_qwens", ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")),
+        Proof("tests/runtime/test_image.py", "test_equal_to_blips_bit_for_bit", ("blip-2",)),
     ),
-    "prompts equal": (Proof(_PROMPTS, "test_token_ids_are_the_processors"),),
+    "prompts equal": (
+        Proof(_PROMPTS, "test_token_ids_are_the_processors"),
+        Proof(_PROMPTS, "test_blips_own_template_gives_the_processors_token_ids", ("blip-2",)),
+    ),
 }
 
 

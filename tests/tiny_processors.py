@@ -60,7 +60,7 @@ LLAVA = (
     "{{ content['text'] + ' '}}{% endfor %}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
-# BLIP-2 has none: images, then question and answer as in its paper.
+# BLIP-2 has none; this one writes markers, which its processor would not, for they vanish in any case.
 BLIP2 = (
     "{% for message in messages %}{% for content in message['content'] %}"
     "{% if content['type'] == 'image' %}<image>{% elif message['role'] == 'assistant' %}"

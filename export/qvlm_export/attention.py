@@ -37,7 +37,16 @@ class HeadShape:
 
 
 @dataclass(frozen=True)
-class Rotary:
+class Places:
+    """Positions of a decoder's rows, int64 [1, S], that turn nothing: learned ones are in the hidden
+    state already.
+    """
+
+    position_ids: ir.Value
+
+
+@dataclass(frozen=True)
+class Rotary(Places):
     """Rotary positions of a decoder's rows.
 
     cos and sin: ``ops.rope_tables``. position_ids: int64 [1, S], or [3, S] with M-RoPE, where
@@ -46,7 +55,6 @@ class Rotary:
 
     cos: ir.Value
     sin: ir.Value
-    position_ids: ir.Value
     axes: tuple[int, ...] | None = None
 
     def factors(self, b: GraphBuilder) -> tuple[ir.Value, ir.Value]:
@@ -72,17 +80,17 @@ class CausalAttention(Protocol):
 
 
 def causal_attention(
-    b: GraphBuilder, heads: HeadShape, rotary: Rotary, positions: int
+    b: GraphBuilder, heads: HeadShape, places: Places, positions: int
 ) -> CausalAttention:
     """The target's cache form, for up to ``positions`` rows; declares its inputs."""
     if b.target.attention_operator:
-        return StaticAttention(b, heads, rotary, positions)
+        return StaticAttention(b, heads, places, positions)
     kinds: dict[CacheForm, type[ScatterAttention | GrownAttention | AppendAttention]] = {
         "scatter": ScatterAttention,
         "grown": GrownAttention,
         "append": AppendAttention,
     }
-    return kinds[b.target.cache](b, heads, rotary, positions)
+    return kinds[b.target.cache](b, heads, places, positions)
 
 
 def rotate(b: GraphBuilder, x: ir.Value, cos: ir.Value, sin: ir.Value, head_dim: int) -> ir.Value:
@@ -151,15 +159,17 @@ class AppendAttention:
     mask is slot t; the rows' slots are the last S.
     """
 
-    def __init__(self, b: GraphBuilder, heads: HeadShape, rotary: Rotary, positions: int) -> None:
-        self.b, self.heads, self.rotary, self.positions = b, heads, rotary, positions
-        self.cos, self.sin = rotary.factors(b)
+    def __init__(self, b: GraphBuilder, heads: HeadShape, places: Places, positions: int) -> None:
+        self.b, self.heads, self.places, self.positions = b, heads, places, positions
+        self.factors = places.factors(b) if isinstance(places, Rotary) else None
         self.mask: ir.Value | None = None
 
     def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """See ``CausalAttention``."""
         b, h = self.b, self.heads
-        q, k = (rotate(b, x, self.cos, self.sin, h.head_dim) for x in (q, k))
+        if self.factors is not None:
+            cos, sin = self.factors
+            q, k = (rotate(b, x, cos, sin, h.head_dim) for x in (q, k))
         keys, values = (
             self._join(f"{name}_{index}", new) for name, new in (("key", k), ("value", v))
         )
@@ -179,8 +189,8 @@ class AppendAttention:
         """Slots [1, 1, S, 1] of the query rows. One position per row is the slot itself; M-RoPE's
         positions are not, there the last S of ``length`` are taken.
         """
-        b, ids = self.b, self.rotary.position_ids
-        if self.rotary.axes is None:
+        b, ids = self.b, self.places.position_ids
+        if not isinstance(self.places, Rotary) or self.places.axes is None:
             return b.op("Unsqueeze", ids, b.i64(1, 3))
         first = b.op("Sub", length, b.op("Gather", b.op("Shape", ids), b.i64(1), axis=0))
         rows = b.op("Slice", slots, first, length, b.i64(0))
@@ -209,10 +219,10 @@ class _InPlace:
         self,
         b: GraphBuilder,
         heads: HeadShape,
-        rotary: Rotary,
+        places: Places,
         rows: int | str,
     ) -> None:
-        self.b, self.heads, self.rotary = b, heads, rotary
+        self.b, self.heads, self.places = b, heads, places
         self._factors: tuple[ir.Value, ir.Value] | None = None
         self.cache_shape = (1, heads.kv_heads, rows, heads.head_dim)
         self.write_index = b.input("write_index", ir.DataType.INT64, (1,))
@@ -221,16 +231,18 @@ class _InPlace:
     def rows(self, slots: ir.Value) -> ir.Value:
         """Slots [1, 1, S, 1] of the query rows: the last S of kv_len."""
         b = self.b
-        count = b.op("Shape", self.rotary.position_ids, start=-1)
+        count = b.op("Shape", self.places.position_ids, start=-1)
         first = b.op("Sub", self.kv_len, count)
         rows = b.op("Add", b.op("Slice", slots, b.i64(0), count, b.i64(0)), first)
         return b.op("Unsqueeze", rows, b.i64(0, 1, 3))
 
     def rope(self, x: ir.Value) -> ir.Value:
-        """[1, S, heads, D] to [1, heads, S, D] rotated; RotaryEmbedding-23, half form
-        (interleaved=0).
+        """[1, S, heads, D] to [1, heads, S, D], rotated where positions are; RotaryEmbedding-23,
+        half form (interleaved=0).
         """
-        b, r = self.b, self.rotary
+        b, r = self.b, self.places
+        if not isinstance(r, Rotary):
+            return heads_first(b, x)
         if r.axes is None:
             return b.op("RotaryEmbedding", heads_first(b, x), r.cos, r.sin, r.position_ids)
         if self._factors is None:
@@ -264,10 +276,10 @@ class ScatterAttention(_InPlace):
         self,
         b: GraphBuilder,
         heads: HeadShape,
-        rotary: Rotary,
+        places: Places,
         positions: int,
     ) -> None:
-        super().__init__(b, heads, rotary, "C")
+        super().__init__(b, heads, places, "C")
         slots = _slots(b, positions)
         columns = b.op("Slice", slots, b.i64(0), self.kv_len, b.i64(0))
         mask = _mask(b, columns, self.rows(slots))
@@ -300,12 +312,12 @@ class GrownAttention(_InPlace):
     ways and a run takes one.
     """
 
-    def __init__(self, b: GraphBuilder, heads: HeadShape, rotary: Rotary, positions: int) -> None:
-        super().__init__(b, heads, rotary, "C")
+    def __init__(self, b: GraphBuilder, heads: HeadShape, places: Places, positions: int) -> None:
+        super().__init__(b, heads, places, "C")
         self.value_shape = (1, heads.kv_heads, heads.head_dim, "C")
         self.slots = _slots(b, positions)
         self.masks: tuple[ir.Value, ir.Value] | None = None
-        self.single = b.op("Equal", b.op("Shape", rotary.position_ids, start=-1), b.i64(1))
+        self.single = b.op("Equal", b.op("Shape", places.position_ids, start=-1), b.i64(1))
 
     def layer(self, index: int, q: ir.Value, k: ir.Value, v: ir.Value) -> ir.Value:
         """See ``CausalAttention``."""
@@ -361,10 +373,10 @@ class StaticAttention(_InPlace):
         self,
         b: GraphBuilder,
         heads: HeadShape,
-        rotary: Rotary,
+        places: Places,
         positions: int,
     ) -> None:
-        super().__init__(b, heads, rotary, positions)
+        super().__init__(b, heads, places, positions)
         slots = _slots(b, positions)
         self.mask = _mask(b, slots, self.rows(slots))
 

@@ -65,7 +65,7 @@ class Rotate:
             raise RecipeError(
                 f"transform rotate: no rotation passes the residual stream of {adapter.model_type}. {hint}"
             )
-        if getattr(model.config, "tie_word_embeddings", False):
+        if adapter.tied(model):
             raise RecipeError(
                 f"transform rotate: {adapter.head} shares the embedding's weight (tie_word_embeddings), but must "
                 f"absorb the final norm's gain alone. {hint}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qvlm.models import internvl, llava, qwen_vl, smolvlm
+from qvlm.models import blip, internvl, llava, qwen_vl, smolvlm
 from qvlm.models.adapter import Adapter
 
 __all__ = ["ADAPTERS", "Adapter"]
@@ -12,6 +12,6 @@ ADAPTERS: dict[str, Adapter] = {
     for adapter in (
         *(llava.ADAPTER, llava.NEXT, llava.ONEVISION),
         *(smolvlm.ADAPTER, smolvlm.IDEFICS3, internvl.ADAPTER),
-        *(qwen_vl.QWEN2, qwen_vl.QWEN2_5, qwen_vl.QWEN3),
+        *(qwen_vl.QWEN2, qwen_vl.QWEN2_5, qwen_vl.QWEN3, blip.ADAPTER),
     )
 }

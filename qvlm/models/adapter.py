@@ -64,6 +64,13 @@ class Adapter:
     model keeps something of the last prompt; they are None before each new one. projectors: a ModuleList of
     further projectors that read the outputs of single vision layers, "" for none; they run before ``projector``.
     deepstack: the decoder's argument with their features, which it adds behind its first layers.
+    projector_layers: a ModuleList of layers that run in order before ``projector`` and are part of the component.
+    vision_output: the module whose output enters the projector, where what the first argument of ``projector`` holds
+    is something else. tail: what a hidden state passes between the last text layer and the head, where the module that
+    owns the layers adds something in front of them too.
+    refusal(config): why a config.json of this model type is not supported, "" if it is. chat_template: for processors
+    that have none. images: most images that the processor takes in one prompt, None for any number. forward_hook: a
+    pre-hook with keywords that gives the model's forward what it wants besides ids, pixels and a cache.
     """
 
     model_type: str
@@ -84,12 +91,24 @@ class Adapter:
     remembered: tuple[str, ...] = ()
     projectors: str = ""
     deepstack: str = ""
+    projector_layers: str = ""
+    vision_output: str = ""
+    tail: tuple[str, ...] = ()
+    refusal: Callable[[Mapping[str, Any]], str] = lambda config: ""
+    chat_template: str = ""
+    images: int | None = None
+    forward_hook: Callable[..., tuple[Any, Any]] | None = None
 
     def forget(self, model: nn.Module) -> None:
         """Make the model as it is before its first prompt."""
         for path in self.remembered:
             owner, _, name = path.rpartition(".")
             setattr(model.get_submodule(owner), name, None)
+
+    def tied(self, model: nn.Module) -> bool:
+        """True if the head's weight is the token table's, which is stored once, under the table's name."""
+        table: Any = model.get_input_embeddings()  # type: ignore[operator]
+        return model.get_submodule(self.head).weight is table.weight
 
     def layer_names(self, model: nn.Module, component: str) -> tuple[str, ...]:
         """Full names of a component's layers in the order they run; CheckpointError if the module tree differs."""
@@ -102,9 +121,9 @@ class Adapter:
             raise CheckpointError(
                 f"{self.model_type}: this transformers builds no module {path}. Install the release in constraints.txt."
             ) from error
-        if component == "projector" and self.projectors:
-            beside = model.get_submodule(self.projectors)
-            return (*(f"{self.projectors}.{i}" for i in range(len(list(beside.children())))), path)
+        if component == "projector" and (before := self.projectors or self.projector_layers):
+            count = len(list(model.get_submodule(before).children()))
+            return (*(f"{before}.{i}" for i in range(count)), path)
         if component not in paths:
             return (path,)
         count = len(list(module.children()))

@@ -100,7 +100,7 @@ def units(
     found = []
     for component in COMPONENTS:
         linears = adapter.linears(model, component)
-        if component == "head" and getattr(model.config, "tie_word_embeddings", False):
+        if component == "head" and adapter.tied(model):
             continue
         for layer in adapter.layer_names(model, component):
             shapes = {

@@ -65,7 +65,7 @@ class MarkerSpec:
     an image that is not cut. Where ``tile`` is given and the image is cut: ``tile`` for each tile
     ("{line}" and "{column}" count from 1, "{image}" is that tile's rows), ``line`` behind each line
     of tiles, ``last`` for the tile of the whole image. leading: the images' texts stand before the
-    first token that the tokenizer adds, and the markers vanish.
+    first token that the tokenizer adds, and markers, which the template need not write, vanish.
     """
 
     whole: str = "{image}"
@@ -81,7 +81,7 @@ class ModelSpec:
 
     feature_size: width of a row of image_features. positions: rule of position_ids, see
     positions.py. template_tokens holds the tokenizer's special_tokens_map ("bos_token": "<s>", …):
-    the names a chat template reads.
+    the names a chat template reads. images: the most that a prompt may have, None for any number.
     """
 
     family: str
@@ -98,6 +98,7 @@ class ModelSpec:
     positions: Positions = "sequential"
     marker: MarkerSpec = MarkerSpec()
     template_tokens: Mapping[str, str] = field(default_factory=dict)
+    images: int | None = None
 
 
 @dataclass(frozen=True)
@@ -240,6 +241,8 @@ def _wrong_model(model: ModelSpec) -> Iterator[str]:
             yield f"model.{key} is {value!r}, expected a string"
         if kind == "int" and (type(value) is not int or value < (key != "image_token_id")):
             yield f"model.{key} is {value!r}, expected a positive integer"
+    if model.images is not None and (type(model.images) is not int or model.images < 1):
+        yield f"model.images is {model.images!r}, expected a positive integer or null"
     if not all(type(token) is int for token in model.eos_token_ids):
         yield f"model.eos_token_ids is {model.eos_token_ids!r}, expected integers"
     if model.positions not in POSITIONS:

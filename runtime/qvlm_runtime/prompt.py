@@ -89,10 +89,16 @@ def prompt_tokens(
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """(token_ids, image_index) of a rendered chat whose markers stand for images of these layouts.
 
-    ``encode`` gives the ids of a text. PromptError unless there are as many markers as layouts.
+    ``encode`` gives the ids of a text. PromptError for more images than the model takes, or unless
+    there are as many markers as layouts.
     """
+    if model.images is not None and len(layouts) > model.images:
+        raise PromptError(
+            f"the prompt has {len(layouts)} images, this model takes {model.images}. "
+            "Ask about each image in a prompt of its own."
+        )
     pieces = text.split(model.image_token)
-    if len(pieces) - 1 != len(layouts):
+    if len(pieces) - 1 != len(layouts) and not model.marker.leading:
         raise PromptError(
             f"the prompt has {len(pieces) - 1} image markers ({model.image_token}) and "
             f"{len(layouts)} images, expected as many images as markers."

@@ -35,18 +35,20 @@ from qvlm_export.targets import named_target
 from qvlm_runtime.image_spec import CanvasImage, ImageSpec, PixelSpec, SplitImage, WholeImage
 
 SM = 86
-CONTEXT = 4096
 _LAYERS = "num_hidden_layers"
 _PIXELS = PixelSpec(3, 1 / 255, (0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 
 
 @dataclass(frozen=True)
 class Shape:
-    """config: config.json. recipe: its formats are those of the linears. image: what the runtime would cut."""
+    """config: config.json. recipe: its formats are those of the linears. image: what the runtime would cut. context:
+    tokens of the graphs.
+    """
 
     config: dict[str, Any]
     recipe: str
     image: ImageSpec
+    context: int = 4096
 
 
 def _smolvlm(
@@ -136,6 +138,38 @@ SHAPES: dict[str, Shape] = {
         "w4a16",
         WholeImage(_PIXELS, 576, ("shortest_edge", 336), (336, 336)),
     ),
+    "BLIP-2-OPT-2.7B": Shape(
+        {
+            "model_type": "blip-2",
+            "image_token_index": 50265,
+            "num_query_tokens": 32,
+            "vision_config": {
+                "model_type": "blip_2_vision_model",
+                **_vision((1408, 6144, 2, 16, 224, 14)),
+            },
+            "qformer_config": {
+                "model_type": "blip_2_qformer",
+                "hidden_size": 768,
+                "intermediate_size": 3072,
+                "num_attention_heads": 12,
+                _LAYERS: 2,
+            },
+            "text_config": {
+                "model_type": "opt",
+                "vocab_size": 50304,
+                "max_position_embeddings": 2048,
+                "hidden_size": 2560,
+                "word_embed_proj_dim": 2560,
+                "ffn_dim": 10240,
+                "num_attention_heads": 32,
+                _LAYERS: 2,
+                "eos_token_id": 50118,
+            },
+        },
+        "w4a16",
+        WholeImage(_PIXELS, 32, ("exact", 224, 224), None),
+        2048,
+    ),
 }
 
 
@@ -160,9 +194,9 @@ def write_checkpoint(folder: Path, shape: Shape) -> Checkpoint:
             scale = np.full((out, groups), 2.0**-9, np.float32)
             writer.add_linear(component, name, QuantizedLinear(integers, scale, format_))
             done.add(f"{name}.weight")
-    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    tied = adapter.tied(model)
     for name, tensor in model.state_dict().items():
-        if name not in done and not (tied and name == "lm_head.weight"):
+        if name not in done and not (tied and name == f"{adapter.head}.weight"):
             numbers = rng.standard_normal(tuple(tensor.shape), np.float32)
             writer.add(name, (numbers * np.float32(0.02)).astype(np.float16))
     writer.close(shape.config, recipe, {}, {})
@@ -179,12 +213,12 @@ def measure(name: str, work: Path) -> dict[str, Any]:
     findings = [
         finding.line()
         for target in [named_target("jetpack6")]
-        if build(checkpoint, target, work, CONTEXT, silent)
+        if build(checkpoint, target, work, shape.context, silent)
         for finding in check(work, target)
         if finding.level != "info"
     ]
-    spec = build(checkpoint, named_target("rtx"), work, CONTEXT, silent)
-    model = model_spec(checkpoint, CONTEXT)
+    spec = build(checkpoint, named_target("rtx"), work, shape.context, silent)
+    model = model_spec(checkpoint, shape.context)
     engines = {}
     for stem, path in spec.graphs.items():
         shapes = profiles(stem, model, shape.image, spec.cache)

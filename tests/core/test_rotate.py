@@ -149,7 +149,7 @@ def test_what_does_not_fold_is_refused() -> None:
         resolve(model, replace(ADAPTER, residual=None), chosen)
     with pytest.raises(RecipeError, match="option rotations: 'values', expected a list"):
         resolve(model, ADAPTER, chosen.with_options(rotations="values"))
-    model.config.tie_word_embeddings = True
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
     with pytest.raises(RecipeError, match=r"lm_head shares the embedding's weight"):
         resolve(model, ADAPTER, chosen)
     resolve(model, ADAPTER, chosen.with_options(rotations=["values"]))

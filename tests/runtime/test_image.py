@@ -104,6 +104,16 @@ def test_equal_to_transformers_bit_for_bit(make, spec: WholeImage) -> None:
     np.testing.assert_array_equal(got, expected.astype(np.float32))
 
 
+@pytest.mark.parametrize("make", ODD_IMAGES.values(), ids=ODD_IMAGES.keys())
+def test_equal_to_blips_bit_for_bit(make) -> None:
+    """BLIP-2's processor: a square, whatever the picture's shape."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+
+    expected = BlipImageProcessorPil(size={"height": 28, "width": 28})(make(), return_tensors="np")
+    got = pixel_values([make()], whole(("exact", 28, 28), None, 3, RESCALE, MEAN, STD))
+    np.testing.assert_array_equal(got, expected["pixel_values"])
+
+
 def test_a_path_is_opened_as_transformers_opens_it(tmp_path: Path) -> None:
     from transformers.image_utils import load_image
 

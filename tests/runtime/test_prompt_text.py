@@ -133,6 +133,50 @@ def test_query_tokens_stand_before_the_first_token(tmp_path: Path) -> None:
         assert list(model.prepare(messages).token_ids) == [1] * (5 * more) + expected
 
 
+def test_blips_own_template_gives_the_processors_token_ids(tmp_path: Path) -> None:
+    """The template that the core gives BLIP-2 writes no markers; one picture stands in front, more are refused."""
+    from transformers.models.blip.image_processing_pil_blip import BlipImageProcessorPil
+    from transformers.models.blip_2.processing_blip_2 import Blip2Processor
+
+    from qvlm.models import ADAPTERS
+
+    adapter = ADAPTERS["blip-2"]
+    blip = dataclasses.replace(BLIP, template=adapter.chat_template)
+    made = model_of(blip, tmp_path)
+    spec = dataclasses.replace(made.manifest.model, images=adapter.images)
+    model = dataclasses.replace(made, manifest=dataclasses.replace(made.manifest, model=spec))
+    pixels = BlipImageProcessorPil(size={"height": 16, "width": 16})
+    processor = Blip2Processor(pixels, of_transformers(blip, tmp_path), num_query_tokens=5)
+    refused = 0
+    for messages in CONVERSATIONS:
+        if len(images_of(messages)) > 1:
+            refused += 1
+            with pytest.raises(PromptError, match=r"images, this model takes 1\. Ask"):
+                model.prepare(messages)
+            messages = first_image_only(messages)
+        text = rendered(blip, messages)
+        expected = processor(images=images_of(messages) or None, text=text)["input_ids"][0]
+        prompt = model.prepare(messages)
+        assert prompt.text == text and "Question: " in text
+        assert list(prompt.token_ids) == expected
+        assert model.count_tokens(messages) == len(expected)
+    assert refused == 4
+
+
+def first_image_only(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A conversation without its second picture and later ones."""
+    seen: list[Any] = []
+    found = []
+    for message in messages:
+        parts = [
+            p
+            for p in message["content"]
+            if p["type"] == "text" or (not seen and not seen.append(p))
+        ]
+        found.append({**message, "content": parts})
+    return found
+
+
 def test_an_image_token_that_is_no_token_is_told(tmp_path: Path) -> None:
     model = model_of(FAMILIES["internvl"], tmp_path)
     spec = dataclasses.replace(model.manifest.model, image_token_id=999)

@@ -2,6 +2,7 @@
 
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import UnsupportedModelError
+from qvlm_export.models.blip import BLIP_2
 from qvlm_export.models.family import Family
 from qvlm_export.models.internvl import INTERNVL
 from qvlm_export.models.llava import LLAVA, LLAVA_NEXT, LLAVA_ONEVISION
@@ -13,6 +14,7 @@ BUILDERS: dict[str, Family] = {
     for family in (
         *(LLAVA, LLAVA_NEXT, LLAVA_ONEVISION, SMOLVLM, IDEFICS3, INTERNVL),
         *QWEN_VL.values(),
+        BLIP_2,
     )
 }
 

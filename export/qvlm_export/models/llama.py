@@ -11,13 +11,11 @@ from typing import Any
 
 import onnx_ir as ir
 
-from qvlm.checkpoint import Checkpoint
 from qvlm_export.attention import CausalAttention, HeadShape, Rotary, causal_attention
 from qvlm_export.graph import GraphBuilder
-from qvlm_export.linear_plan import has_linear
+from qvlm_export.models.decoder import decoder_inputs, decoder_logits
 from qvlm_export.ops import (
     activation,
-    embedding_merge,
     last_position,
     rms_norm,
     rope_axes,
@@ -25,9 +23,7 @@ from qvlm_export.ops import (
     rope_tables,
     split_heads,
 )
-from qvlm_export.processor import eos_token_ids, template_tokens, token_text
-from qvlm_export.qdq import heads_linear, linear, linears, lookup
-from qvlm_runtime.manifest import ModelSpec
+from qvlm_export.qdq import heads_linear, linear, linears
 
 
 @dataclass(frozen=True)
@@ -75,26 +71,6 @@ class LlamaConfig:
         )
 
 
-def decoder_spec(
-    checkpoint: Checkpoint, c: LlamaConfig, image_token_id: int, context: int
-) -> ModelSpec:
-    """The manifest's numbers of a model with this decoder, one row of features as wide as a token."""
-    return ModelSpec(
-        family=str(checkpoint.config["model_type"]),
-        hidden_size=c.hidden_size,
-        vocab_size=c.vocab_size,
-        layers=c.num_hidden_layers,
-        kv_heads=c.heads.kv_heads,
-        head_dim=c.heads.head_dim,
-        max_context=context,
-        eos_token_ids=eos_token_ids(checkpoint),
-        image_token=token_text(checkpoint, image_token_id),
-        image_token_id=image_token_id,
-        feature_size=c.hidden_size,
-        template_tokens=template_tokens(checkpoint),
-    )
-
-
 def decoder(
     b: GraphBuilder, c: LlamaConfig, prefix: str, head: str, positions: int, where: str
 ) -> None:
@@ -104,18 +80,13 @@ def decoder(
     is tied).
     """
     axes = rope_axes(c.rope, c.heads.head_dim, where)
-    ids, image_index = (
-        b.input(name, ir.DataType.INT64, (1, "S")) for name in ("input_ids", "image_index")
-    )
-    position_ids = b.input("position_ids", ir.DataType.INT64, (3 if axes else 1, "S"))
-    features = b.input("image_features", b.float_type, ("M", sum(c.feature_parts)))
     table = f"{prefix}.embed_tokens"
-    with b.scope("embed"):
-        text = lookup(b, ids, table, (c.vocab_size, c.hidden_size))
-        x, further = embedding_merge(b, text, image_index, features, c.feature_parts)
+    entered = decoder_inputs(b, c, table, c.feature_parts, 3 if axes else 1)
+    x, further = entered.x, entered.further
     with b.scope("positions"):
         frequencies = rope_frequencies(c.rope, c.heads.head_dim, where)
-        rotary = Rotary(*rope_tables(b, frequencies, positions, bool(axes)), position_ids, axes)
+        tables = rope_tables(b, frequencies, positions, bool(axes))
+        rotary = Rotary(entered.position_ids, *tables, axes)
         attention = causal_attention(b, c.heads, rotary, positions)
     for i in range(c.num_hidden_layers):
         with b.scope(f"layers.{i}"):
@@ -124,12 +95,7 @@ def decoder(
                 x = b.op("Add", x, further[i])
     x = last_position(b, x)
     x = rms_norm(b, x, f"{prefix}.norm", c.hidden_size, c.rms_norm_eps)
-    if has_linear(b.weights.checkpoint, head):
-        logits = linear(b, x, head)
-    else:  # tied: the embedding's bytes are stored once
-        shared = b.parameter(f"{table}.weight", (c.vocab_size, c.hidden_size))
-        logits = b.op("MatMul", x, b.op("Transpose", shared, perm=[1, 0]))
-    b.output(logits, "logits", b.float_type, (1, 1, c.vocab_size))
+    decoder_logits(b, c, x, head, table)
 
 
 def _layer(

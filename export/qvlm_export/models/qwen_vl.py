@@ -13,8 +13,9 @@ from typing import Any
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm_export.graph import GraphBuilder
+from qvlm_export.models.decoder import decoder_spec
 from qvlm_export.models.family import Family
-from qvlm_export.models.llama import LlamaConfig, decoder, decoder_spec
+from qvlm_export.models.llama import LlamaConfig, decoder
 from qvlm_export.models.qwen_vit import QwenVitConfig, features
 from qvlm_export.processor import patch_image
 from qvlm_runtime.image_spec import ImageSpec

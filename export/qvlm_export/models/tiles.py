@@ -17,8 +17,9 @@ import onnx_ir as ir
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm_export.graph import GraphBuilder
+from qvlm_export.models.decoder import decoder_spec
 from qvlm_export.models.family import Family
-from qvlm_export.models.llama import LlamaConfig, decoder, decoder_spec
+from qvlm_export.models.llama import LlamaConfig, decoder
 from qvlm_export.models.vit import VitConfig, final_norm, hidden_states
 from qvlm_export.ops import INT64_MAX, activation, layer_norm
 from qvlm_export.qdq import linear

@@ -1,5 +1,5 @@
 """Vision transformers on fixed square tiles: CLIP (Radford et al. 2021), SigLIP (Zhai et al. 2023), InternViT
-(Chen et al. 2024). One graph; what differs is a row of ``TOWERS``.
+(Chen et al. 2024), BLIP-2's EVA ViT (Fang et al. 2022). One graph; what differs is a row of ``TOWERS``.
 
 Patch embedding, optional class token, learned positions, pre-norm layers of full attention and a two-linear MLP.
 """
@@ -15,7 +15,7 @@ import onnx_ir as ir
 from qvlm.errors import ExportError
 from qvlm_export.attention import full_attention
 from qvlm_export.graph import GraphBuilder
-from qvlm_export.ops import activation, layer_norm, rms_norm, split_heads
+from qvlm_export.ops import activation, layer_norm, rms_norm, split_heads, split_last
 from qvlm_export.qdq import heads_linear, linear, linears
 
 
@@ -24,8 +24,9 @@ class Tower:
     """Where a kind of tower keeps its parts, and transformers' defaults for keys that its config leaves out.
 
     Names are relative to the tower, those from ``norms`` on to a layer; "" is a part it does not have. label: the
-    class token. scales: a gain per channel on what attention and MLP add. query_norms: norms over all heads at once,
-    where the config asks for them (use_qk_norm).
+    class token. qkv: one linear that gives queries, keys and values; "" where they are three. scales: a gain per
+    channel on what attention and MLP add. query_norms: norms over all heads at once, where the config asks for them
+    (use_qk_norm).
     """
 
     defaults: Mapping[str, Any]
@@ -38,6 +39,7 @@ class Tower:
     norms: tuple[str, str] = ("layer_norm1", "layer_norm2")
     attention: str = "self_attn"
     output: str = "out_proj"
+    qkv: str = ""
     scales: tuple[str, ...] = ()
     query_norms: tuple[str, ...] = ()
 
@@ -66,6 +68,16 @@ _INTERN = {
     "use_mean_pooling": True,
 }
 
+_BLIP = {
+    **_SIGLIP,
+    "hidden_size": 1408,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 39,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "hidden_act": "gelu",
+}
+
 TOWERS: dict[str, Tower] = {
     "clip_vision_model": Tower(_CLIP, label="embeddings.class_embedding", pre_norm="pre_layrnorm"),
     "siglip_vision_model": Tower(_SIGLIP),
@@ -85,6 +97,13 @@ TOWERS: dict[str, Tower] = {
         output="projection_layer",
         scales=("lambda_1", "lambda_2"),
         query_norms=("q_norm", "k_norm"),
+    ),
+    "blip_2_vision_model": Tower(
+        _BLIP,
+        label="embeddings.class_embedding",
+        positions="embeddings.position_embedding",
+        output="projection",
+        qkv="qkv",
     ),
 }
 
@@ -243,7 +262,10 @@ def _layer(b: GraphBuilder, c: VitConfig, prefix: str, x: ir.Value) -> ir.Value:
     tower, attention = c.tower, f"{prefix}.{c.tower.attention}"
     h = _norm(b, c, x, f"{prefix}.{tower.norms[0]}")
     with b.scope("self_attn"):
-        q, k, v = linears(b, h, [f"{attention}.{p}_proj" for p in "qkv"])
+        if tower.qkv:
+            q, k, v = split_last(b, linear(b, h, f"{attention}.{tower.qkv}"), [c.hidden_size] * 3)
+        else:
+            q, k, v = linears(b, h, [f"{attention}.{p}_proj" for p in "qkv"])
         if c.use_qk_norm:
             # InternVL's own norm has no eps of its own in the config: 1e-6 is its constructor's.
             q, k = (
