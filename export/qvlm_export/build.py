@@ -8,6 +8,7 @@ from qvlm import __version__
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm.progress import Progress
+from qvlm_export.float_range import overflow
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.image_limits import NO_LIMITS, ImageLimits, limited
 from qvlm_export.linear_plan import check_deployable
@@ -30,15 +31,16 @@ def build(
 
     ``max_context`` bounds the tokens (default: what the model was made for). Reads one tensor at a
     time; the same checkpoint gives the same bytes. Raises ExportError (a format no engine runs, a
-    tensor that does not fit the target, a full disk) or UnsupportedModelError; files already
+    tensor or an activation that does not fit the target, a full disk) or UnsupportedModelError; files already
     complete stay, none is half-written.
     """
     family = builder_for(checkpoint)
     check_deployable(checkpoint)
     positions = context(checkpoint, max_context)
     graphs: dict[str, str] = {}
+    wide = overflow(checkpoint, target)
     for stem, fill in family.graphs.items():
-        builder = GraphBuilder(stem, target, Weights(checkpoint, target.dtype))
+        builder = GraphBuilder(stem, target, Weights(checkpoint, target.dtype), wide)
         fill(builder, positions)
         graphs[stem] = f"{target.name}/{stem}.onnx"
         write_model(builder.model(__version__), out_dir / graphs[stem], progress)

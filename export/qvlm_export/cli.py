@@ -103,6 +103,13 @@ def _export_parser() -> Command:
     add("--samples", type=int, metavar="N", help="calibration samples (default 64)")
     add("--seed", type=int, metavar="S", help="draw of the calibration samples (default 0)")
     add("--dtype", choices=DTYPES, help="float type of the graphs; default: the target's first")
+    add(
+        "--overflow",
+        choices=("refuse", "float32"),
+        default="refuse",
+        help="a layer whose activations leave float16: refuse the export (default), or compute it in "
+        "float32",
+    )
     add("--cache", choices=CACHE_FORMS, help="key/value cache; default: the target's first")
     add(
         "--max-tensor",
@@ -167,7 +174,7 @@ def _export(args: argparse.Namespace) -> Answer:
         args.calib,
         args.max_context,
         tuple(args.sm or ()),
-        Variant(args.dtype, args.cache, args.max_tensor and args.max_tensor * 10**6),
+        Variant(args.dtype, args.cache, args.max_tensor and args.max_tensor * 10**6, args.overflow),
         ImageLimits(args.image_size, args.max_image_tokens),
     )
     if args.dry_run:

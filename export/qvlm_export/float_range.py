@@ -7,30 +7,18 @@ multiplies by 1.702. ``HEADROOM`` covers both and leaves a little for other inpu
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
 from qvlm_export.targets import Target
 from qvlm_export.weights import FLOAT16_MAX
+from qvlm_export.wide import Overflow, RangeRow
 
 HEADROOM = 2.0
 
 
-@dataclass(frozen=True)
-class RangeRow:
-    """One tensor for the report: the side ("input", "output") of a module, its largest |value| and
-    what float16 allows it.
-    """
 
-    module: str
-    side: str
-    largest: float
-    limit: float
-
-
-def largest_activations(checkpoint: Checkpoint, count: int) -> list[RangeRow]:
-    """The ``count`` largest recorded activations, largest first; empty if none were recorded."""
+def largest_activations(checkpoint: Checkpoint, count: int | None = None) -> list[RangeRow]:
+    """The ``count`` largest recorded activations or all, largest first; empty if none were recorded."""
     rows = [
         RangeRow(module, side, value, FLOAT16_MAX / HEADROOM)
         for module, sides in checkpoint.magnitudes().items()
@@ -39,19 +27,20 @@ def largest_activations(checkpoint: Checkpoint, count: int) -> list[RangeRow]:
     return sorted(rows, key=lambda row: (-row.largest, row.module, row.side))[:count]
 
 
-def check_range(checkpoint: Checkpoint, target: Target) -> None:
-    """ExportError naming the largest activation if it does not fit the target's float type.
+def overflow(checkpoint: Checkpoint, target: Target) -> Overflow:
+    """The recorded activations that the target's float type does not hold, for the graphs to hold in
+    float32; none for bfloat16 and float32, which have float32's range.
 
-    Does nothing for bfloat16 and float32, which have float32's range.
+    ExportError naming the largest unless the target is asked to (``Target.overflow``).
     """
     if target.dtype != "float16":
-        return
-    for row in largest_activations(checkpoint, 1):
-        if row.largest > row.limit:
-            wide = [dtype for dtype in target.dtypes if dtype != "float16"]
-            way = f"--dtype {wide[0]}" if wide else "target ort, which computes in float32"
-            raise ExportError(
-                f"target {target.name}: {row.module} {row.side} reaches {row.largest:.6g} on the "
-                f"calibration samples, float16 takes up to {row.limit:g} (half its range, for what "
-                f"the samples do not show). Export with {way}."
-            )
+        return Overflow()
+    rows = [row for row in largest_activations(checkpoint) if row.largest > row.limit]
+    if rows and target.overflow == "refuse":
+        wide = [dtype for dtype in target.dtypes if dtype != "float16"]
+        way = f"--dtype {wide[0]}" if wide else "target ort, which computes in float32"
+        raise ExportError(
+            f"target {target.name}: {rows[0]}. Export with --overflow float32, which computes the "
+            f"layer in float32, or {way}."
+        )
+    return Overflow(rows)

@@ -1,7 +1,8 @@
 """Building one ONNX graph with onnx-ir: nodes with our names, shared small constants, one scope per
 module.
 
-Knows no operator's meaning: the vocabulary is in ``ops.py`` and ``qdq.py``.
+Knows no operator's meaning: the vocabulary is in ``ops.py`` and ``qdq.py``; which values of a
+float16 graph are float32 is kept by ``wide.py``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import onnx_ir as ir
 
 from qvlm_export.targets import Target
 from qvlm_export.weights import Weights
+from qvlm_export.wide import Overflow, RangeRow, WideValues
 
 # ONNX IR version that came with each operator-set version.
 IR_VERSIONS = {21: 10, 24: 12}
@@ -24,10 +26,15 @@ Dims = Sequence[int | str]
 class GraphBuilder:
     """Collects nodes and constants; ``model`` closes the graph."""
 
-    def __init__(self, name: str, target: Target, weights: Weights) -> None:
+    def __init__(
+        self, name: str, target: Target, weights: Weights, overflow: Overflow | None = None
+    ) -> None:
         self.name = name
         self.target = target
         self.weights = weights
+        # What float16 does not hold; nothing in graphs of another float type.
+        self.overflow = overflow or Overflow()
+        self._wide = WideValues()
         # bool [1, S, 1], True on image tokens; None in a graph whose tokens are of one kind.
         self.image_tokens: ir.Value | None = None
         self._inputs: list[ir.Value] = []
@@ -58,7 +65,8 @@ class GraphBuilder:
         return value
 
     def output(self, value: ir.Value, name: str, dtype: ir.DataType, shape: Dims) -> None:
-        """Make ``value`` a graph output under ``name``."""
+        """Make ``value`` a graph output under ``name``; ``dtype`` F for one that was float32."""
+        value = self.narrow(value)
         value.name, value.shape, value.type = name, ir.Shape(shape), ir.TensorType(dtype)
         self._outputs.append(value)
 
@@ -76,9 +84,75 @@ class GraphBuilder:
         name = base if count == 0 else f"{base}_{count}"
         suffixes = [""] if outputs == 1 else [f":{i}" for i in range(outputs)]
         values = [ir.Value(name=f"{name}{suffix}/out") for suffix in suffixes]
+        inputs, wide = self._typed(op_type, inputs)
         node = ir.node(op_type, inputs, attributes, outputs=values, name=name)
         self._nodes.append(node)
+        if wide:
+            row = self._wide.row(op_type, inputs)
+            for value in node.outputs:
+                self._wide.add(value, row)
         return node.outputs
+
+    def _typed(
+        self, op_type: str, inputs: Sequence[ir.Value | None]
+    ) -> tuple[Sequence[ir.Value | None], bool]:
+        """Inputs of one float type, and whether that is float32 in a float16 graph."""
+        if op_type == "Cast" or not any(value in self._wide for value in inputs):
+            return inputs, False
+        places = self._wide.operands(op_type, inputs)
+        if places is None:
+            return [None if v is None else self.narrow(v) for v in inputs], False
+        if not any(inputs[i] in self._wide for i in places if i < len(inputs)):
+            return inputs, False
+        return [
+            self.widen(v) if i in places and v is not None else v for i, v in enumerate(inputs)
+        ], True
+
+    def is_wide(self, value: ir.Value) -> bool:
+        """True for a float32 value of a float16 graph."""
+        return value in self._wide
+
+    def widen(self, value: ir.Value, row: RangeRow | None = None) -> ir.Value:
+        """The value as float32, a stored one without a Cast; ``row``: what it holds if it leaves
+        float16.
+        """
+        if value in self._wide:
+            return self._wide.add(value, row) if row else value
+        if value.dtype == ir.DataType.FLOAT:
+            return value
+        if (tensor := value.const_value) is None:
+            return self._wide.add(self.op("Cast", value, to=int(ir.DataType.FLOAT)), row)
+
+        def wide() -> ir.TensorProtocol:
+            return ir.Tensor(tensor.numpy().astype(np.float32))
+
+        lazy = ir.LazyTensor(wide, ir.DataType.FLOAT, ir.Shape(tensor.shape.numpy()))
+        return self._wide.add(self.constant(f"{value.name}.float32", lazy), row)
+
+    def held(self, value: ir.Value, module: str) -> ir.Value:
+        """The result of ``module``: float32 if float16 does not hold it, else in the graph's type."""
+        row = self.overflow.row(module, "output")
+        return self.widen(value, row) if row else self.narrow(value)
+
+    def stream(self, x: ir.Value, layer: str) -> ir.Value:
+        """What a layer adds to: float32 from the first layer on that has a module of float32."""
+        if not self.overflow.below(layer):
+            return x
+        rows = (self.overflow.row(layer, side) for side in ("output", "input"))
+        return self.widen(x, next(filter(None, rows), None))
+
+    def expect_held(self, x: ir.Value, module: str) -> None:
+        """ExportError if ``module`` reads x in float16 and the audit found it too large."""
+        if x not in self._wide and (row := self.overflow.row(module, "input")):
+            self._wide.refuse(row, self.target.name)
+
+    def narrow(self, value: ir.Value) -> ir.Value:
+        """The value in the graph's float type. ExportError if the audit found it too large."""
+        if value not in self._wide:
+            return value
+        if (row := self._wide.row("Cast", [value])) is not None:
+            self._wide.refuse(row, self.target.name)
+        return self.op("Cast", value, to=int(self.float_type))
 
     def choose(
         self, condition: ir.Value, then: Callable[[], ir.Value], otherwise: Callable[[], ir.Value]

@@ -24,24 +24,36 @@ def layer_norm(b: GraphBuilder, x: ir.Value, name: str, width: int, eps: float) 
     """LayerNormalization-17 over the last axis, scale and bias both given (rule O-04), reduced in
     float32.
     """
+    x = _read(b, x, name)
     scale, bias = b.parameter(f"{name}.weight", (width,)), b.parameter(f"{name}.bias", (width,))
-    return b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=eps)
+    return b.held(b.op("LayerNormalization", x, scale, bias, axis=-1, epsilon=eps), name)
 
 
 def rms_norm(b: GraphBuilder, x: ir.Value, name: str, width: int, eps: float) -> ir.Value:
     """x / sqrt(mean(x^2) + eps) * g, reduced in float32: RMSNormalization-23 or its primitives (one
     kernel both).
     """
+    x = _read(b, x, name)
     gain = b.parameter(f"{name}.weight", (width,))
     if b.target.native_ops:
-        return b.op("RMSNormalization", x, gain, axis=-1, epsilon=eps, stash_type=1)
-    wide = b.float_type != ir.DataType.FLOAT
-    c = b.op("Cast", x, to=int(ir.DataType.FLOAT)) if wide else x
+        normal = b.op("RMSNormalization", x, gain, axis=-1, epsilon=eps, stash_type=1)
+        return b.held(normal, name)
+    cast = b.float_type != ir.DataType.FLOAT and not b.is_wide(x)
+    c = b.op("Cast", x, to=int(ir.DataType.FLOAT)) if cast else x
     mean = b.op("ReduceMean", b.op("Mul", c, c), b.i64(-1), keepdims=1)
     root = b.op("Sqrt", b.op("Add", mean, b.scalar(eps, ir.DataType.FLOAT)))
     normal = b.op("Div", c, root)
-    normal = b.op("Cast", normal, to=int(b.float_type)) if wide else normal
-    return b.op("Mul", normal, gain)
+    if cast:
+        normal = b.op("Cast", normal, to=int(b.float_type))
+    elif not b.overflow.row(name, "output"):
+        normal = b.narrow(normal)
+    return b.held(b.op("Mul", normal, gain), name)
+
+
+def _read(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
+    """What norm ``name`` reads: float32 if it gives what float16 does not hold."""
+    b.expect_held(x, name)
+    return b.widen(x) if b.overflow.row(name, "output") else x
 
 
 def activation(b: GraphBuilder, x: ir.Value, kind: str, where: str) -> ir.Value:

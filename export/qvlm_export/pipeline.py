@@ -26,7 +26,7 @@ from qvlm_export import package, rtx
 from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
-from qvlm_export.float_range import check_range, largest_activations
+from qvlm_export.float_range import largest_activations
 from qvlm_export.image_limits import NO_LIMITS, ImageLimits
 from qvlm_export.report import Report, component_rows, divergence
 from qvlm_export.targets import DEFAULT, Target, Variant, named_target
@@ -221,7 +221,6 @@ def _target(
     checkpoint: Checkpoint, request: Request, target: Target, work: Path, progress: Progress
 ) -> tuple[TargetSpec, dict[str, Any]]:
     """Build, check, compile and verify one target; its spec and its section of the report."""
-    check_range(checkpoint, target)
     spec = build(checkpoint, target, work, request.max_context, progress)
     facts = [graph_facts(work / path) for path in spec.graphs.values()]
     section: dict[str, Any] = {

@@ -58,8 +58,10 @@ def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value
     outputs: dict[str, ir.Value] = {}
     for group in groups.values():
         with b.scope("+".join(p.name.rsplit(".", 1)[-1] for p in group)):
+            for name in (p.name for p in group):
+                b.expect_held(x, name)
             lower = _int8 if group[0].kind in INT8_KINDS else _alone
-            parts = lower(b, x, group)
+            parts = [_held(b, p, y) for p, y in zip(group, lower(b, x, group), strict=True)]
         outputs.update(zip((p.name for p in group), parts, strict=True))
     return [outputs[name] for name in names]
 
@@ -79,7 +81,8 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     if one.kind == "int4" and b.target.int4_attention_output_2d:
         with b.scope(name.rsplit(".", 1)[-1]):
             flat = b.op("Reshape", x, b.i64(-1, one.in_features))
-            product = _bias(b, _matmul(b, flat, one), [one])
+            b.expect_held(flat, name)
+            product = _held(b, one, _alone(b, flat, [one])[0])
             return b.op("Reshape", product, b.i64(1, -1, one.out_features))
     return linear(b, b.op("Reshape", x, b.i64(0, 0, one.in_features)), name)
 
@@ -117,8 +120,24 @@ def lookup(b: GraphBuilder, ids: ir.Value, name: str, shape: tuple[int, int]) ->
 
 
 def _alone(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
-    """A group of one float or INT4 linear."""
-    return [_bias(b, _matmul(b, x, group[0]), group)]
+    """A group of one float or INT4 linear; of float32 values, or to values that float16 does not
+    hold, it multiplies x / m and gives product * m.
+    """
+    m = None
+    if b.is_wide(x) or b.overflow.row(group[0].name, "output"):
+        m = _token_maximum(b, x)
+        x = b.narrow(b.op("Div", x, m))
+    product = _matmul(b, x, group[0])
+    if m is not None:
+        product = b.op("Mul", b.widen(product), m)
+    return [_bias(b, product, group)]
+
+
+def _held(b: GraphBuilder, one: LinearPlan, product: ir.Value) -> ir.Value:
+    """The result as float32 beside modules that float16 does not hold, as float16 elsewhere."""
+    if not b.overflow.beside(one.name):
+        return b.narrow(product)
+    return b.widen(product, b.overflow.row(one.name, "output"))
 
 
 def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
@@ -235,10 +254,10 @@ def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.
     first = group[0]
     if first.kind in ("token", "split"):
         m = _token_maximum(b, x) if first.kind == "token" else _split_maximum(b, first)
-        data, scale = b.op("Div", x, m), 1.0 / 127.0
+        data, scale = b.narrow(b.op("Div", x, m)), 1.0 / 127.0
     else:
         assert first.input_scale is not None
-        m, data, scale = None, x, first.input_scale
+        m, data, scale = None, b.narrow(x), first.input_scale
     product = _int8_product(b, data, scale, group)
     if m is not None:
         product = b.op("Mul", product, m)
@@ -313,4 +332,6 @@ def _int8_product(
         return node
 
     whole = summed(b, x, depth, depth * width, 1, 1, product)
+    if any(b.overflow.beside(p.name) for p in group):
+        whole = b.widen(whole)
     return b.op("Mul", whole, b.constant(_joint(group, "weight_channel"), channel))

@@ -9,6 +9,7 @@ from qvlm.errors import ExportError
 from qvlm_runtime.manifest import CacheForm
 
 FloatType = Literal["float16", "bfloat16", "float32"]
+OnOverflow = Literal["refuse", "float32"]
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,8 @@ class Target:
     release: the TensorRT release whose rules the graph must keep, None outside TensorRT.
     hardware: what it runs on, for people; sm: the GPU generations in it. Turing (sm75) is left out:
         it has neither INT4 nor bfloat16 (rule T-12).
+    overflow: what to do with an activation that float16 does not hold: refuse the export, or compute
+        its layer in float32 (wide.py).
     max_constant: bytes above which a weight is stored in pieces; None: no limit. A board
         of 8 GB refuses one allocation of hundreds of megabytes long before its memory is full.
     """
@@ -50,6 +53,7 @@ class Target:
     caches: tuple[CacheForm, ...] = ()
     int4_sizes: tuple[int, ...] = (64, 128)
     max_constant: int | None = None
+    overflow: OnOverflow = "refuse"
 
     @property
     def is_tensorrt(self) -> bool:
@@ -150,6 +154,7 @@ class Variant:
     dtype: FloatType | None = None
     cache: CacheForm | None = None
     max_constant: int | None = None
+    overflow: OnOverflow = "refuse"
 
 
 DEFAULT = Variant()
@@ -172,6 +177,7 @@ def named_target(name: str, variant: Variant = DEFAULT) -> Target:
         dtype=dtype,
         cache=cache,
         max_constant=variant.max_constant,
+        overflow=variant.overflow,
     )
     if target.attention_operator:  # TensorScatter came with opset 24
         target = replace(target, opset=24, native_ops=True)

@@ -15,7 +15,7 @@ import pytest
 from qvlm.checkpoint import MAGNITUDES, Checkpoint
 from qvlm.errors import ExportError
 from qvlm.recipe import RECIPES
-from qvlm_export.float_range import HEADROOM, check_range, largest_activations
+from qvlm_export.float_range import HEADROOM, largest_activations
 from qvlm_export.pipeline import Request, export
 from qvlm_export.targets import Variant, named_target
 from qvlm_export.weights import FLOAT16_MAX

@@ -106,7 +106,7 @@ def _layer(
     attention: CausalAttention,
     x: ir.Value,
 ) -> ir.Value:
-    heads = c.heads
+    heads, x = c.heads, b.stream(x, prefix)
     h = rms_norm(b, x, f"{prefix}.input_layernorm", c.hidden_size, c.rms_norm_eps)
     with b.scope("self_attn"):
         qkv = linears(b, h, [f"{prefix}.self_attn.{p}_proj" for p in "qkv"])
@@ -119,7 +119,7 @@ def _layer(
                 rms_norm(b, part, f"{prefix}.self_attn.{n}_norm", heads.head_dim, c.rms_norm_eps)
                 for part, n in ((q, "q"), (k, "k"))
             )
-        context = attention.layer(index, q, k, v)
+        context = attention.layer(index, b.narrow(q), b.narrow(k), b.narrow(v))
         x = b.op("Add", x, heads_linear(b, context, f"{prefix}.self_attn.o_proj"))
     h = rms_norm(b, x, f"{prefix}.post_attention_layernorm", c.hidden_size, c.rms_norm_eps)
     with b.scope("mlp"):

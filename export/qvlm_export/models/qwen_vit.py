@@ -168,9 +168,10 @@ def _layer(
     turn: tuple[ir.Value, ir.Value],
     mask: ir.Value | None,
 ) -> ir.Value:
+    x = b.stream(x, prefix)
     h = _norm(b, c, x, f"{prefix}.norm1", c.width)
     with b.scope("attn"):
-        qkv = split_last(b, linear(b, h, f"{prefix}.attn.qkv"), [c.width] * 3)
+        qkv = split_last(b, b.narrow(linear(b, h, f"{prefix}.attn.qkv")), [c.width] * 3)
         q, k, v = (split_heads(b, part, c.heads, c.head_dim) for part in qkv)
         q, k = (rotate(b, part, *turn, c.head_dim) for part in (q, k))
         context = full_attention(b, q, k, v, c.head_dim, mask)

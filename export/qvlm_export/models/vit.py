@@ -260,6 +260,7 @@ def _patches(b: GraphBuilder, c: VitConfig, name: str, pixels: ir.Value) -> ir.V
 
 def _layer(b: GraphBuilder, c: VitConfig, prefix: str, x: ir.Value) -> ir.Value:
     tower, attention = c.tower, f"{prefix}.{c.tower.attention}"
+    x = b.stream(x, prefix)
     h = _norm(b, c, x, f"{prefix}.{tower.norms[0]}")
     with b.scope("self_attn"):
         if tower.qkv:
@@ -273,7 +274,7 @@ def _layer(b: GraphBuilder, c: VitConfig, prefix: str, x: ir.Value) -> ir.Value:
                 for part, name in zip((q, k), tower.query_norms, strict=True)
             )
         q, k, v = (split_heads(b, part, c.num_attention_heads, c.head_dim) for part in (q, k, v))
-        context = full_attention(b, q, k, v, c.head_dim)
+        context = full_attention(b, b.narrow(q), b.narrow(k), b.narrow(v), c.head_dim)
         added = heads_linear(b, context, f"{attention}.{tower.output}")
         x = b.op("Add", x, _scaled(b, c, added, prefix, 0))
     h = _norm(b, c, x, f"{prefix}.{tower.norms[1]}")
