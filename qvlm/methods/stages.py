@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qvlm import affine
 from qvlm.affine import ActivationRange, QuantizedWeight
-from qvlm.capture import linear_inputs
+from qvlm.capture import linears_entered
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.errors import CalibrationError
 from qvlm.fakequant import FakeQuantLinear, substituted
@@ -119,12 +119,12 @@ class StagedLayer:
         }
         for sample in range(len(block.quant_inputs)) if samples is None else samples:
             with self.quantized():
-                quant, _ = linear_inputs(
+                quant = linears_entered(
                     block.stream, self.index, linears, block.quant_inputs[sample], sample
                 )
             target: dict[str, Tensor] = {}
             if asymmetric:
-                target, _ = linear_inputs(
+                target = linears_entered(
                     block.stream, self.index, linears, block.float_inputs[sample], sample
                 )
             for key, name in {keys[name]: name for name in names}.items():
