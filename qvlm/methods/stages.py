@@ -105,6 +105,7 @@ class StagedLayer:
         """H (and D if ``asymmetric``) of each linear of a stage over ``samples`` (default: all).
 
         weights[name][sample] is c [tokens]. Linears whose inputs and weights are the same share one object.
+        CalibrationError naming the linear and the sample if what it is given there, on either stream, is not finite.
         """
         block = self.block
         linears = {name: block.linears[name] for name in names}
@@ -130,6 +131,13 @@ class StagedLayer:
             for key, name in {keys[name]: name for name in names}.items():
                 c = None if weights is None else weights[name][sample]
                 u = self._rounded(name, quant[name], block.image_masks[sample])
+                for side, x in (("quantized", u), ("float", target.get(name))):
+                    if x is not None and not bool(torch.isfinite(x).all()):
+                        raise CalibrationError(
+                            f"{name}: on calibration sample {block.stream.samples[sample]} its inputs on the {side} "
+                            "stream are not finite, expected numbers. Look for an overflow in the float model on this "
+                            "sample, or leave it out."
+                        )
                 shared[key].add(u, target.get(name), c)
         return {name: shared[keys[name]] for name in names}
 

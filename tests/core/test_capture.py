@@ -15,7 +15,14 @@ import torch
 from tiny_models import IMAGE_TOKEN, tiny_llava
 from tiny_source import picture, tiny_processor
 
-from qvlm.capture import Sample, build_sample, capture_inputs, capture_stream, linear_inputs, linears_entered
+from qvlm.capture import (
+    Sample,
+    build_sample,
+    capture_inputs,
+    capture_stream,
+    linear_inputs,
+    linears_entered,
+)
 from qvlm.errors import CheckpointError
 from qvlm.models import ADAPTERS
 from qvlm.recipe import COMPONENTS
