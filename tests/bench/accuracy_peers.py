@@ -241,13 +241,14 @@ def our_row(bench: Bench, method: str, format_: str, draw: int) -> Json:
     context = Context(bench.model, bench.adapter, bench.draws[draw], recipe, formats)
     try:
         with peak_memory() as peak:
-            started = time.perf_counter()
+            started, worked = time.perf_counter(), time.process_time()
             job = quantized(context)
             seconds = time.perf_counter() - started
+            cpu_seconds = time.process_time() - worked
     except QvlmError as error:
         return {"failed": str(error)}
     found = measured(bench, job.context.model, job.model)
-    return {**found, "seconds": seconds, "peak_mb": peak.megabytes}
+    return {**found, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak.megabytes}
 
 
 def main() -> None:
