@@ -1,5 +1,5 @@
-"""Proves that a stage's statistics are of numbers: an overflow on either stream, in samples that are fitted and in those
-held out, ends each method that measures stage by stage with one line that says where.
+"""Proves that a stage's statistics are of numbers: an overflow on either stream, in samples that are fitted and in
+those held out, ends each method that measures stage by stage with one line that says where.
 
 Run: python -m pytest tests/core/test_stages.py
 """
