@@ -341,3 +341,28 @@ def linear_inputs(
             stack.callback(linear.register_forward_pre_hook(record).remove)
         output = stream.forward(index, hidden, sample)
     return seen, output
+
+
+def linears_entered(
+    stream: Stream, index: int, linears: Mapping[str, nn.Module], hidden: Tensor, sample: int
+) -> dict[str, Tensor]:
+    """``linear_inputs`` without the layer's output: the layer stops once each of the linears was called.
+
+    Layers are measured linear by linear, so what lies behind a linear would run for nothing. No layer of a known
+    family calls a linear twice; of one that did this sees the first call.
+    """
+    seen: dict[str, Tensor] = {}
+    with ExitStack() as stack, torch.no_grad():
+        for name, linear in linears.items():
+
+            def record(module: nn.Module, args: tuple[Any, ...], name: str = name) -> None:
+                seen[name] = args[0].detach()
+                if len(seen) == len(linears):
+                    raise _Stop
+
+            stack.callback(linear.register_forward_pre_hook(record).remove)
+        try:
+            stream.forward(index, hidden, sample)
+        except _Stop:
+            return seen
+    return seen

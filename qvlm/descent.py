@@ -81,29 +81,33 @@ def descend(
     pull = difference @ hessian  # (v - t) H, kept up to date
     diagonal = hessian.diagonal()
     noise = LEAST_GAIN * (pull * difference).sum(1)
+    scale, integers = scale.T.contiguous(), integers.T.contiguous()  # by column, as they are read
     for _ in range(sweeps):
         changed = False
         for first in range(0, len(hessian), COLUMNS):
             last = min(first + COLUMNS, len(hessian))
-            near = pull[
-                :, first:last
-            ].T.contiguous()  # [columns, out]: a column is read and written at once
+            # [columns, out]: a column is read and written at once.
+            near = pull[:, first:last].T.contiguous()
             moves = torch.zeros_like(near)
             for c in range(first, last):
-                s, old, g = scale[:, c], integers[:, c], near[c - first]
+                s, old, g = scale[c], integers[c], near[c - first]
                 best = torch.round(old - g / (diagonal[c] * s)).clamp(qmin, qmax)
                 move = s * (best - old)
                 gains = -(2 * g + diagonal[c] * move) * move > noise
+                if not bool(gains.any()):
+                    continue
                 move = torch.where(gains, move, 0.0)
-                integers[:, c] = torch.where(gains, best, old)
+                integers[c] = torch.where(gains, best, old)
                 moves[c - first] = move
-                near += torch.outer(hessian[c, first:last], move)
+                # Columns before c are read again in the next round only, when ``pull`` holds their new values.
+                near[c - first + 1 :] += torch.outer(hessian[c, c + 1 : last], move)
             if bool(moves.any()):
                 changed = True
                 pull += moves.T @ hessian[first:last]
         if not changed:
             break
-    return QuantizedWeight(integers.to(torch.int8), start.scale, start.zero_point)
+    found = integers.T.contiguous().to(torch.int8)
+    return QuantizedWeight(found, start.scale, start.zero_point)
 
 
 def refit_scales(start: QuantizedWeight, wanted: Tensor, hessian: Tensor) -> QuantizedWeight:

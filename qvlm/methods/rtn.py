@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from qvlm import affine
 from qvlm.affine import ActivationRange, QuantizedWeight
-from qvlm.capture import Stream, linear_inputs
+from qvlm.capture import Stream, linears_entered
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.errors import RecipeError
 from qvlm.methods.method import Block, BlockResult, Context, State
@@ -91,7 +91,7 @@ def input_ranges(block: Block, index: int, hidden: list[Tensor]) -> dict[str, Ac
     if not linears:
         return ranges
     for sample, state in enumerate(hidden):
-        seen, _ = linear_inputs(block.stream, index, linears, state, sample)
+        seen = linears_entered(block.stream, index, linears, state, sample)
         for name, x in seen.items():
             activations = block.formats[name].activations
             assert activations is not None
@@ -109,7 +109,7 @@ def searched_scales(block: Block, index: int, hidden: list[Tensor]) -> dict[str,
     }
     energy: dict[str, Tensor] = {}
     for sample, state in enumerate(hidden):
-        seen, _ = linear_inputs(block.stream, index, linears, state, sample)
+        seen = linears_entered(block.stream, index, linears, state, sample)
         for name, x in seen.items():
             part = x.reshape(-1, x.shape[-1]).float().square().sum(0)
             energy[name] = energy[name] + part if name in energy else part

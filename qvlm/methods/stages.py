@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from qvlm import affine
 from qvlm.affine import ActivationRange, QuantizedWeight
-from qvlm.capture import linear_inputs
+from qvlm.capture import linears_entered
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.errors import CalibrationError
 from qvlm.fakequant import FakeQuantLinear, substituted
@@ -105,6 +105,7 @@ class StagedLayer:
         """H (and D if ``asymmetric``) of each linear of a stage over ``samples`` (default: all).
 
         weights[name][sample] is c [tokens]. Linears whose inputs and weights are the same share one object.
+        CalibrationError naming the linear and the sample if what it is given there, on either stream, is not finite.
         """
         block = self.block
         linears = {name: block.linears[name] for name in names}
@@ -119,17 +120,24 @@ class StagedLayer:
         }
         for sample in range(len(block.quant_inputs)) if samples is None else samples:
             with self.quantized():
-                quant, _ = linear_inputs(
+                quant = linears_entered(
                     block.stream, self.index, linears, block.quant_inputs[sample], sample
                 )
             target: dict[str, Tensor] = {}
             if asymmetric:
-                target, _ = linear_inputs(
+                target = linears_entered(
                     block.stream, self.index, linears, block.float_inputs[sample], sample
                 )
             for key, name in {keys[name]: name for name in names}.items():
                 c = None if weights is None else weights[name][sample]
                 u = self._rounded(name, quant[name], block.image_masks[sample])
+                for side, x in (("quantized", u), ("float", target.get(name))):
+                    if x is not None and not bool(torch.isfinite(x).all()):
+                        raise CalibrationError(
+                            f"{name}: on calibration sample {block.stream.samples[sample]} its inputs on the {side} "
+                            "stream are not finite, expected numbers. Look for an overflow in the float model on this "
+                            "sample, or leave it out."
+                        )
                 shared[key].add(u, target.get(name), c)
         return {name: shared[keys[name]] for name in names}
 

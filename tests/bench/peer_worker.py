@@ -4,7 +4,7 @@ preset of one peer and saves the weights it stands for. Imports nothing of ours.
 Input (torch.save): a list of the model's keyword arguments, one calibration sample each. Output: OUT.safetensors with,
 for each decoder linear L, "L.weight" (dequantized, float32), if the peer scales the linear's input "L.column_scale"
 [in] (the linear computes weight @ (x * column_scale)), and every other decoder parameter as the peer left it;
-OUT.json with seconds, peak resident MB of the process and versions.
+OUT.json with seconds (of the clock and of the processor), peak resident MB of the process and versions.
 
 Usage: python peer_worker.py PEER PRESET FORMAT MODEL SAMPLES OUT
 """
@@ -209,9 +209,10 @@ def main() -> None:
     model = LlavaForConditionalGeneration.from_pretrained(directory, dtype=torch.float32).eval()
     samples = torch.load(samples_file)
     torch.manual_seed(0)
-    started = time.perf_counter()
+    started, worked = time.perf_counter(), time.process_time()
     found = PEERS[peer](model, samples, preset, format_)
     seconds = time.perf_counter() - started
+    cpu_seconds = time.process_time() - worked
     for name, tensor in model.state_dict().items():
         if name.startswith(DECODER) and name.endswith("norm.weight"):
             found.setdefault(name, tensor)
@@ -222,6 +223,7 @@ def main() -> None:
     packages = (peer, "torch", "transformers")
     report = {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         # Linux counts kilobytes.
         "process_peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6,
         "versions": {name: importlib.metadata.version(name) for name in packages},

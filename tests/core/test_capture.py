@@ -15,7 +15,14 @@ import torch
 from tiny_models import IMAGE_TOKEN, tiny_llava
 from tiny_source import picture, tiny_processor
 
-from qvlm.capture import Sample, build_sample, capture_inputs, capture_stream, linear_inputs
+from qvlm.capture import (
+    Sample,
+    build_sample,
+    capture_inputs,
+    capture_stream,
+    linear_inputs,
+    linears_entered,
+)
 from qvlm.errors import CheckpointError
 from qvlm.models import ADAPTERS
 from qvlm.recipe import COMPONENTS
@@ -98,6 +105,24 @@ def test_linear_inputs_are_what_each_linear_sees(loaded: Loaded, samples: list[S
     assert names["down_proj"].shape[-1] == 640
     with torch.no_grad():
         assert torch.equal(output, stream.forward(1, stream.inputs[0], 0))
+    entered = linears_entered(stream, 1, layer, stream.inputs[0], 0)
+    torch.testing.assert_close(entered, seen, rtol=0, atol=0)
+
+
+def test_a_layer_stops_behind_the_last_linear_that_is_asked_for(
+    loaded: Loaded, samples: list[Sample]
+) -> None:
+    stream = capture_stream(loaded.model, ADAPTER, "text", samples)
+    calls = []
+    later = stream.layers[0].get_submodule("mlp")
+    hook = later.register_forward_pre_hook(lambda *_: calls.append(1))
+    query = {"q": stream.layers[0].get_submodule("self_attn.q_proj")}
+    seen = linears_entered(stream, 0, query, stream.inputs[0], 0)
+    assert not calls and seen.keys() == {"q"}
+    complete, _ = linear_inputs(stream, 0, query, stream.inputs[0], 0)
+    hook.remove()
+    assert calls
+    torch.testing.assert_close(seen, complete, rtol=0, atol=0)
 
 
 def test_hooks_are_gone_afterwards(loaded: Loaded, samples: list[Sample]) -> None:
