@@ -280,11 +280,14 @@ def load_processor(directory: Path) -> Any:
 
 def _without_video(processor: Any) -> Any:
     """A processor class whose ``video_processor`` is None."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
     makers: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
 
     class Pictures(processor):  # type: ignore[misc]
+        # SmolVLM's own asks the video part for its settings, whatever the conversation holds.
+        apply_chat_template = ProcessorMixin.apply_chat_template
+
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor":
                 return None

@@ -14,14 +14,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
 from tiny_models import IMAGE_TOKEN
-from tiny_tiles import write_source
+from tiny_tiles import PROCESSORS, picture, tiny_questions, write_source
 
 from qvlm.capture import build_sample
 from qvlm.checkpoint import Checkpoint
 from qvlm.cli import main as core
-from qvlm.data import Question
 from qvlm.generate import decode, stop_tokens
 from qvlm.progress import silent
 from qvlm.quantize import quantize
@@ -36,19 +34,6 @@ from qvlm_export.verify import verify_target
 from qvlm_runtime import load as load_folder
 
 
-def _picture(seed: int, height: int, width: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-# One picture and two, wide and tall.
-QUESTIONS = (
-    Question((_picture(0, 40, 96),), "What is it?", "cat"),
-    Question((_picture(1, 90, 60), _picture(2, 50, 50)), "Both?", None),
-    Question((_picture(3, 30, 26),), "Is", "a dog"),
-)
-
-
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkpoint]:
     made: dict[Any, Checkpoint] = {}
@@ -60,7 +45,7 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkp
             source = write_source(family, folder / "source", text__max_position_embeddings=640)
             recipe = replace(RECIPES["w4a16"], method=method, samples=3)
             made[key] = Checkpoint(
-                quantize(str(source), folder / "out", recipe, questions=QUESTIONS, goldens=2)
+                quantize(str(source), folder / "out", recipe, questions=tiny_questions(), goldens=2)
             )
         return made[key]
 
@@ -73,8 +58,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkp
         ("idefics3", "rtn"),
         ("idefics3", "gptq"),
         ("idefics3", "q-vlm"),
+        ("smolvlm", "rtn"),
         ("internvl", "gptq"),
         ("llava_next", "gptq"),
+        ("llava_onevision", "rtn"),
     ],
 )
 def test_verify_accepts_the_export(
@@ -107,14 +94,14 @@ def test_engines_compile_with_their_integers(
         assert row.int8_products == facts.count("INT8")
 
 
-@pytest.mark.parametrize("family", ["idefics3", "internvl", "llava_next"])
+@pytest.mark.parametrize("family", PROCESSORS)
 def test_a_folder_answers_as_transformers_does(family: str, tmp_path: Path) -> None:
     source = write_source(family, tmp_path / "source", text__max_position_embeddings=640)
     arguments = [str(source), str(tmp_path / "out"), "--recipe", "float"]
     assert main([*arguments, "--calib", str(_calibration(tmp_path)), "--target", "ort"]) == 0
     loaded = load(open_source(str(source)))
     with load_folder(tmp_path / "out") as model:
-        for question in QUESTIONS:
+        for question in tiny_questions():
             images = list(question.images)
             found = model.generate(question.prompt, images=images, max_new_tokens=12)
             sample = build_sample(loaded.processor, images, question.prompt, "", IMAGE_TOKEN)
@@ -140,7 +127,7 @@ def test_a_checkpoint_is_evaluated(
 def _calibration(folder: Path) -> Path:
     """A folder with one question."""
     (folder / "questions").mkdir()
-    _picture(0, 40, 96).save(folder / "questions" / "a.png")
+    picture(0, 40, 96).save(folder / "questions" / "a.png")
     line = {"image": "a.png", "prompt": "What?", "answer": "cat"}
     (folder / "questions" / "samples.jsonl").write_text(json.dumps(line))
     return folder / "questions"
