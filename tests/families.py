@@ -30,7 +30,7 @@ FAMILIES = {
     "qwen3_vl": "Qwen3-VL",
 }
 _GRAPHS, _TILES, _QWEN = (f"tests/export/test_{n}.py" for n in ("graphs", "tiles", "qwen"))
-_QUANTIZED = "tests/export/test_tiles_quantized.py"
+_QUANTIZED, _TARGETS = (f"tests/export/test_{n}.py" for n in ("tiles_quantized", "family_targets"))
 _KINDS, _PROMPTS = "tests/runtime/test_image_kinds.py", "tests/runtime/test_prompt_text.py"
 
 
@@ -64,22 +64,8 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
         Proof(_QUANTIZED, "test_a_folder_answers_as_transformers_does"),
         Proof("tests/end_to_end/test_qwen.py", "test_the_runtime_answers_as_transformers"),
     ),
-    "rtx compiled": (
-        Proof(
-            "tests/export/test_rtx.py", "test_every_graph_compiles_with_its_integers", ("llava",)
-        ),
-        Proof(_QUANTIZED, "test_engines_compile_with_their_integers"),
-        Proof("tests/end_to_end/test_qwen.py", "test_the_manifest_gives_profiles_that_compile"),
-    ),
-    "jetpack6, 7 checked": (
-        Proof(
-            "tests/export/conform/test_exported.py",
-            "test_exported_graphs_have_no_findings",
-            ("llava",),
-        ),
-        Proof(_TILES, "test_graphs_of_every_target_have_no_findings"),
-        Proof(_QWEN, "test_every_target_takes_the_graphs"),
-    ),
+    "rtx compiled": (Proof(_TARGETS, "test_engines_have_their_integers_and_kernels"),),
+    "every target checked": (Proof(_TARGETS, "test_graphs_of_every_target_have_no_findings"),),
     "images equal": (
         Proof("tests/runtime/test_image.py", "test_equal_to_transformers_bit_for_bit", ("llava",)),
         Proof(_KINDS, "test_split_equals_idefics3_and_smolvlm", ("smolvlm", "idefics3")),

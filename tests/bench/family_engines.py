@@ -37,7 +37,10 @@ def variants() -> Iterator[Target]:
     """The TensorRT targets, each in every variant it has."""
     for target in TARGETS.values():
         for variant in VARIANTS:
-            known = variant.dtype in (None, *target.dtypes) and variant.cache in (None, *target.caches)
+            known = variant.dtype in (None, *target.dtypes) and variant.cache in (
+                None,
+                *target.caches,
+            )
             if target.is_tensorrt and known:
                 yield named_target(target.name, variant)
 
