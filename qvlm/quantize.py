@@ -30,21 +30,21 @@ from qvlm.checkpoint import (
     MAGNITUDES,
     Array,
     CheckpointWriter,
-    Golden,
     QuantizedLinear,
     dump_json,
     write_goldens,
 )
 from qvlm.data import Question, calibration
-from qvlm.errors import CalibrationError, RecipeError
-from qvlm.generate import golden_side, golden_steps, with_own_answer
+from qvlm.errors import RecipeError
+from qvlm.generate import with_own_answer
+from qvlm.goldens import Recorder, twice
 from qvlm.methods import METHODS, Block, Context, State
 from qvlm.models.adapter import Adapter
 from qvlm.plan import Formats, Plan, plan, resolve
 from qvlm.progress import Progress, silent
 from qvlm.recipe import COMPONENTS, EMBEDDING, Recipe
 from qvlm.source import Loaded, Source, imports, load, open_source, skeleton
-from qvlm.transform import chosen, transform
+from qvlm.transform import transform
 from qvlm.workdir import WorkDirectory, digest
 
 __all__ = ["Plan", "build_samples", "plan", "quantize"]
@@ -66,11 +66,6 @@ _COMPANIONS = (
 )
 # Longest greedy answer for a calibration picture without one.
 _OWN_ANSWER_TOKENS = 64
-# How far a transform may move logits, relative. Every changed weight rounds once, 2^-24; some hundred of them behind
-# each other, their errors enlarged by softmax up to 32 times (as the exporter's bounds have it), stay below 2^-24 *
-# sqrt(1000) * 32 = 6e-5, and outlier channels that a rotation mixes with others cost a digit more: 2^-10. A wrong fold
-# moves logits by a share of themselves.
-TRANSFORM_ROUNDING = 2.0**-10
 
 
 def quantize(
@@ -97,13 +92,14 @@ def quantize(
     chosen = questions if questions is not None else calibration(calib, recipe.samples, recipe.seed)
     loaded = load(source, progress)
     run = _Run(source, loaded, recipe, formats, progress)
-    prompts = run.golden_prompts(chosen, goldens)
+    recorder = Recorder(loaded.model, source.adapter, loaded.processor, progress)
+    prompts = recorder.prompts(chosen, goldens)
     samples = build_samples(loaded, source.adapter, chosen, progress)
     work.begin(identity(source, recipe, samples, len(prompts)))
-    float_sides = run.float_goldens(prompts)
+    sides = recorder.floats(prompts)
     transforms = run.transform(samples, work)
     if transforms:
-        float_sides = run.transformed_goldens(prompts, float_sides)
+        sides = recorder.transformed(prompts, sides, list(transforms))
     largest = run.magnitudes(samples, work)
     report = run.quantize_components(samples, work)
     if transforms:
@@ -111,7 +107,9 @@ def quantize(
     directory = work.checkpoint()
     run.write(directory, report)
     dump_json(directory / MAGNITUDES, largest)
-    write_goldens(directory / "goldens.npz", run.quant_goldens(prompts, float_sides))
+    # A float recipe: both sides are the same model.
+    recorded = recorder.quantized(prompts, sides) if run.linears else twice(sides)
+    write_goldens(directory / "goldens.npz", recorded)
     return work.finish()
 
 
@@ -182,31 +180,6 @@ class _Run:
         # The head is then the embedding, which is stored once and under its own name.
         self.tied = bool(getattr(loaded.model.config, "tie_word_embeddings", False))
 
-    # -- goldens
-
-    def golden_prompts(self, questions: Sequence[Question], count: int) -> list[Sample]:
-        """The first ``count`` questions with an image, without their answers."""
-        chosen = [question for question in questions if question.images][:count]
-        if not chosen:
-            raise CalibrationError("no calibration sample has an image. Give some that have.")
-        image_token = self.adapter.image_token_id(self.model.config)
-        return [
-            build_sample(self.processor, q.open_images(), q.prompt, "", image_token) for q in chosen
-        ]
-
-    def float_goldens(
-        self, prompts: Sequence[Sample]
-    ) -> list[tuple[dict[str, Array], dict[str, Array]]]:
-        """Inputs and float outputs of every golden, on the float model's greedy tokens."""
-        config: Any = self.model.config.get_text_config()  # type: ignore[union-attr, operator]
-        steps = golden_steps(prompts, config.vocab_size, config.max_position_embeddings)
-        sides = []
-        for number, prompt in enumerate(prompts):
-            self.progress("float goldens", number, len(prompts))
-            sides.append(golden_side(self.model, self.adapter, prompt, steps))
-        self.progress("float goldens", len(prompts), len(prompts))
-        return sides
-
     def transform(self, samples: list[Sample], work: WorkDirectory) -> dict[str, Any]:
         """Apply the recipe's transforms; what they report."""
 
@@ -218,52 +191,6 @@ class _Run:
 
         context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
         return transform(context, load, save, self.progress)
-
-    def transformed_goldens(
-        self,
-        prompts: Sequence[Sample],
-        sides: Sequence[tuple[dict[str, Array], dict[str, Array]]],
-    ) -> list[tuple[dict[str, Array], dict[str, Array]]]:
-        """The float side of every golden after the transforms, on the original model's tokens.
-
-        Logits and keys stay the original's; image features and values may now have another scale or basis, in which
-        the quantized model is compared. Raises CalibrationError if the logits moved by more than rounding.
-        """
-        changed = []
-        for number, (prompt, (inputs, outputs)) in enumerate(zip(prompts, sides, strict=True)):
-            self.progress("transformed goldens", number, len(prompts))
-            forced = torch.from_numpy(inputs["tokens"])[None]
-            _, now = golden_side(self.model, self.adapter, prompt, forced.shape[1], forced)
-            moved = np.linalg.norm(now["logits"] - outputs["logits"])
-            if not moved <= TRANSFORM_ROUNDING * np.linalg.norm(outputs["logits"]):
-                names = ", ".join(chosen(self.recipe))
-                raise CalibrationError(
-                    f"transforms {names}: golden {number} has logits that moved by {moved:.3g} (norm), expected float "
-                    "rounding only. Leave the transforms out."
-                )
-            kept = {key: now[key] for key in ("image_features", "value")}
-            changed.append((inputs, {**outputs, **kept}))
-        self.progress("transformed goldens", len(prompts), len(prompts))
-        return changed
-
-    def quant_goldens(
-        self,
-        prompts: Sequence[Sample],
-        float_sides: Sequence[tuple[dict[str, Array], dict[str, Array]]],
-    ) -> list[Golden]:
-        """The quantized model teacher-forced on the float model's tokens."""
-        if not self.linears:  # a float recipe: both sides are the same model
-            return [Golden(inputs, {"float": o, "quant": o}) for inputs, o in float_sides]
-        goldens = []
-        for number, (prompt, (inputs, outputs)) in enumerate(
-            zip(prompts, float_sides, strict=True)
-        ):
-            self.progress("quantized goldens", number, len(prompts))
-            forced = torch.from_numpy(inputs["tokens"])[None]
-            _, quant = golden_side(self.model, self.adapter, prompt, forced.shape[1], forced)
-            goldens.append(Golden(inputs, {"float": outputs, "quant": quant}))
-        self.progress("quantized goldens", len(prompts), len(prompts))
-        return goldens
 
     def magnitudes(self, samples: Sequence[Sample], work: WorkDirectory) -> magnitudes.Magnitudes:
         """The float model's largest activations, measured once."""

@@ -10,8 +10,8 @@ from qvlm.errors import ExportError
 from qvlm.progress import Progress
 from qvlm_export.graph import GraphBuilder
 from qvlm_export.image_limits import NO_LIMITS, ImageLimits, limited
+from qvlm_export.linear_plan import check_deployable
 from qvlm_export.models import builder_for
-from qvlm_export.qdq import check_deployable
 from qvlm_export.targets import Target
 from qvlm_export.weights import Weights, write_model
 from qvlm_runtime.image_spec import ImageSpec

@@ -25,166 +25,26 @@ weight behind an INT8 activation (W-10).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
-from typing import Literal
+from collections.abc import Sequence
 
 import numpy as np
 import onnx_ir as ir
 
 from qvlm.checkpoint import Checkpoint, QuantizedLinear
 from qvlm.errors import ExportError
-from qvlm.recipe import named_format
 from qvlm_export.graph import GraphBuilder
+from qvlm_export.linear_plan import INT8_KINDS, TABLE_FORMAT, LinearPlan, plan_linear
 from qvlm_export.ops import split_last
+from qvlm_export.pieces import Piece, summed
 from qvlm_export.weights import Array, lazy_int4, lazy_int8
 
-Kind = Literal["float", "int4", "token", "split", "static"]
-INT8_KINDS = ("token", "split", "static")
 # Metadata key of a quantized MatMul: the checkpoint linears inside it, comma separated.
 LINEARS_KEY = "qvlm.linears"
-# A token table's: rows are looked up, not multiplied (``lookup``).
-TABLE_FORMAT = "w8a16"
 # Half of float16's range: what a GEMM's result may reach before c[n] and m.
 GEMM_LIMIT = 2.0**15
-SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**-126}
 # A token is divided by its largest value or by this: the smallest round number whose float16
 # neighbourhood is normal, and the value that qvlm.affine uses.
 TOKEN_FLOOR = 1e-4
-
-
-@dataclass(frozen=True)
-class LinearPlan:
-    """One linear as the graph will have it: weight [out_features, in_features] of the
-    checkpoint. maxima: m of text and of image tokens, kind split only.
-    """
-
-    name: str
-    kind: Kind
-    out_features: int
-    in_features: int
-    input_scale: float | None = None
-    block: int | None = None
-    maxima: tuple[float, float] | None = None
-
-    @property
-    def merge_key(self) -> tuple[object, ...] | None:
-        """Linears of equal key that read the same tensor become one GEMM."""
-        return (self.kind, self.input_scale, self.maxima) if self.kind in INT8_KINDS else None
-
-
-def check_deployable(checkpoint: Checkpoint) -> None:
-    """ExportError naming the first linear whose format no engine runs."""
-    for name, entry in checkpoint.linears.items():
-        if entry["format"] != TABLE_FORMAT:
-            _kind(name, entry["format"])
-
-
-def _kind(name: str, format_name: str) -> Kind:
-    format_ = named_format(format_name)
-    weights, activations = format_.weights, format_.activations
-    fits_int4 = weights is not None and weights.bits == 4 and weights.granularity == "group"
-    fits_int8 = weights is not None and weights.bits == 8 and weights.granularity != "group"
-    if format_.deployable and weights is not None and weights.symmetric:
-        if fits_int4 and activations is None:
-            return "int4"
-        if (
-            fits_int8
-            and activations is not None
-            and activations.bits == 8
-            and activations.symmetric
-        ):
-            if activations.granularity == "token":
-                return "token"
-            if activations.granularity == "modality":
-                return "split"
-            if activations.granularity == "tensor":
-                return "static"
-    raise ExportError(
-        f"{name}: format {format_name!r} has no engine, it is simulated in torch only. "
-        "Quantize with a recipe of w4a16, w4a16-g64, w8a8, w8a8-static or w8a8-split."
-    )
-
-
-def has_linear(checkpoint: Checkpoint, name: str) -> bool:
-    """True if the checkpoint stores linear ``name``, quantized or float."""
-    return name in checkpoint.linears or f"{name}.weight" in checkpoint
-
-
-def plan(b: GraphBuilder, name: str) -> LinearPlan:
-    """How linear ``name`` is lowered; ExportError for what the target cannot run."""
-    checkpoint = b.weights.checkpoint
-    if name not in checkpoint.linears:
-        # A convolution's kernel, applied to patches that are rows already, is a matrix too.
-        out_features, *rest = b.weights.shape(f"{name}.weight")
-        return LinearPlan(name, "float", out_features, math.prod(rest))
-    kind = _kind(name, checkpoint.linears[name]["format"])
-    packed = f"{name}.weight_packed"
-    shape = checkpoint.tensor(f"{name}.weight_shape") if packed in checkpoint else None
-    sizes = b.weights.shape(f"{name}.weight") if shape is None else tuple(int(n) for n in shape)
-    out_features, in_features = sizes
-    if kind == "int4":
-        block = _int4_block(b, name, out_features, in_features)
-        return LinearPlan(name, kind, out_features, in_features, block=block)
-    if kind == "split":
-        text, image = (_checked_scale(b, name, 127.0 * s) for s in _static_scales(b, name, 2))
-        return LinearPlan(name, kind, out_features, in_features, maxima=(text, image))
-    scale = _checked_scale(b, name, _static_scales(b, name, 1)[0]) if kind == "static" else None
-    return LinearPlan(name, kind, out_features, in_features, scale)
-
-
-def _int4_block(b: GraphBuilder, name: str, out_features: int, in_features: int) -> int:
-    groups = b.weights.shape(f"{name}.weight_scale")[1]
-    if in_features % groups:
-        raise ExportError(f"{name}: {groups} scale groups do not divide in_features {in_features}")
-    if groups < b.target.int4_blocks:
-        raise ExportError(
-            f"{name}: {groups} INT4 block along in_features {in_features}, "
-            f"target {b.target.name} needs at least {b.target.int4_blocks} (rule W-05). "
-            "Use w4a16-g64 or keep this layer in float."
-        )
-    if out_features % 2:
-        raise ExportError(
-            f"{name}: out_features {out_features} is odd, INT4 stores pairs (rule W-01). "
-            "Keep this layer in float."
-        )
-    if (block := in_features // groups) not in b.target.int4_sizes:
-        known = ", ".join(map(str, b.target.int4_sizes))
-        raise ExportError(
-            f"{name}: INT4 blocks of {block}, target {b.target.name} takes {known} (rule W-04). "
-            "Quantize with w4a16 or w4a16-g64."
-        )
-    return block
-
-
-def _static_scales(b: GraphBuilder, name: str, count: int) -> list[float]:
-    """The stored input scales, ``count`` of them."""
-    key = f"{name}.input_scale"
-    if key not in b.weights:
-        raise ExportError(f"{name}: static activations without {key}. Quantize again.")
-    zero = f"{name}.input_zero_point"
-    if zero in b.weights and np.any(b.weights.checkpoint.tensor(zero)):
-        raise ExportError(
-            f"{name}: non-zero input zero point; TensorRT takes symmetric INT8 only (rule Q-01)"
-        )
-    values = b.weights.checkpoint.float_tensor(key)
-    if values.size != count:
-        raise ExportError(f"{name}: {values.size} input scales, expected {count}. Quantize again.")
-    return [float(value) for value in values.reshape(-1)]
-
-
-def _checked_scale(b: GraphBuilder, name: str, value: float) -> float:
-    """The scale as the graph's float type holds it."""
-    type_ = b.float_type.numpy()
-    stored = float(np.array(value).astype(type_)) if abs(value) < math.inf else math.nan
-    if not SMALLEST_NORMAL[b.weights.dtype] <= stored < math.inf:
-        raise ExportError(
-            f"{name}: input scale {value}, "
-            f"expected one normal positive {b.weights.dtype} number. "
-            "Calibrate again, or use format w8a8."
-        )
-    return stored
 
 
 def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value]:
@@ -193,7 +53,7 @@ def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value
     """
     groups: dict[tuple[object, ...] | str, list[LinearPlan]] = {}
     for name in names:
-        one = plan(b, name)
+        one = plan_linear(b, name)
         groups.setdefault(one.merge_key or name, []).append(one)
     outputs: dict[str, ir.Value] = {}
     for group in groups.values():
@@ -215,7 +75,7 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
     INT4 on TensorRT runs in 2-D with the Reshape back in front of the residual Add: in 3-D the
     compiler expands the whole weight to float16 at every run.
     """
-    one = plan(b, name)
+    one = plan_linear(b, name)
     if one.kind == "int4" and b.target.int4_attention_output_2d:
         with b.scope(name.rsplit(".", 1)[-1]):
             flat = b.op("Reshape", x, b.i64(-1, one.in_features))
@@ -279,63 +139,9 @@ def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
 
     if one.block is not None:
         nbytes, least = one.in_features * width // 2, one.block * b.target.int4_blocks
-        return _summed(b, x, one.in_features, nbytes, one.block, least, product)
+        return summed(b, x, one.in_features, nbytes, one.block, least, product)
     nbytes = one.in_features * width * int(b.float_type.itemsize)
-    return _summed(b, x, one.in_features, nbytes, 1, 1, product)
-
-
-@dataclass(frozen=True)
-class Piece:
-    """Input features [first, last) of a weight that has ``whole`` of them."""
-
-    first: int
-    last: int
-    whole: int
-
-    @property
-    def depth(self) -> int:
-        """Input features in it."""
-        return self.last - self.first
-
-    @property
-    def suffix(self) -> str:
-        """What its constants' names end in."""
-        return "" if self.depth == self.whole else f".{self.first}"
-
-    def columns(self, array: Array) -> Array:
-        """Its part of an array [out_features, columns], whose columns stand for equally many inputs."""
-        each = self.whole // array.shape[1]
-        return array[:, self.first // each : self.last // each]
-
-
-def _summed(
-    b: GraphBuilder,
-    x: ir.Value,
-    depth: int,
-    nbytes: int,
-    step: int,
-    least: int,
-    product: Callable[[ir.Value, Piece], ir.Value],
-) -> ir.Value:
-    """One product, or the sum of products of pieces of K where the weight of ``nbytes`` is above the
-    target's ``max_constant``.
-
-    Pieces are multiples of ``step`` inputs and hold at least ``least``. They are cut along K because
-    pieces along N, which read the same tensor, are joined again by TensorRT's compiler into one
-    weight; sums over different inputs are not.
-    """
-    limit = b.target.max_constant
-    count = 1 if limit is None else min(math.ceil(nbytes / limit), depth // least)
-    if count <= 1:
-        return product(x, Piece(0, depth, depth))
-    edges = [step * (depth // step * i // count) for i in range(count)] + [depth]
-    total: ir.Value | None = None
-    for first, last in pairwise(edges):
-        part = b.op("Slice", x, b.i64(first), b.i64(last), b.i64(-1))
-        part = product(part, Piece(first, last, depth))
-        total = part if total is None else b.op("Add", total, part)
-    assert total is not None
-    return total
+    return summed(b, x, one.in_features, nbytes, 1, 1, product)
 
 
 def _mark(product: ir.Value, group: Sequence[LinearPlan]) -> None:
@@ -506,5 +312,5 @@ def _int8_product(
         _mark(node, group)
         return node
 
-    whole = _summed(b, x, depth, depth * width, 1, 1, product)
+    whole = summed(b, x, depth, depth * width, 1, 1, product)
     return b.op("Mul", whole, b.constant(_joint(group, "weight_channel"), channel))

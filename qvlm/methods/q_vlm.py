@@ -69,7 +69,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qvlm import entropy, visual_encoder
+from qvlm import entropy, visual_encoder, visual_objective
 from qvlm.affine import ActivationRange
 from qvlm.capture import Sample, Stream, capture_stream
 from qvlm.checkpoint import QuantizedLinear
@@ -271,8 +271,8 @@ def _initial_roundings(
     return found
 
 
-def _settings(recipe: Recipe, options: Mapping[str, Any], bits: int) -> visual_encoder.Settings:
-    return visual_encoder.Settings(
+def _settings(recipe: Recipe, options: Mapping[str, Any], bits: int) -> visual_objective.Settings:
+    return visual_objective.Settings(
         epochs=options["veo_epochs"],
         batch=options["veo_batch"],
         rate=options["veo_rate"],
@@ -292,9 +292,9 @@ def _optimise_vision(
     options: Mapping[str, Any],
 ) -> visual_encoder.Found:
     """Step 2."""
-    model = visual_encoder.Model(context.model, context.adapter)
+    model = visual_objective.Model(context.model, context.adapter)
     samples: list[Sample] = context.samples
-    targets = visual_encoder.reference_pass(model, samples)
+    targets = visual_objective.reference_pass(model, samples)
     formats = {n: f for component in context.formats.values() for n, f in component.items()}
     ranges = {
         name: visual_encoder.Ranges.at(_linear(context, name), formats[name], rounding)
@@ -308,8 +308,8 @@ def _optimise_vision(
             visual_encoder.quantized(ranges, {n: r.fake_weight() for n, r in ranges.items()}),
         ):
             last = [model.run(sample).hidden[-1] for sample in samples]
-    importance = visual_encoder.layer_importance(model, samples, last)
-    targets = visual_encoder.Targets(targets.references, targets.ranges, importance)
+    importance = visual_objective.layer_importance(model, samples, last)
+    targets = visual_objective.Targets(targets.references, targets.ranges, importance)
     settings = _settings(context.recipe, options, _bits(context, options))
 
     def progress(epoch: int, value: float) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from tiny_source import picture
 
 from qvlm import cli
+from qvlm.commands.command import table
 
 
 @pytest.fixture
@@ -156,5 +157,5 @@ def test_a_plain_image_folder_calibrates(
 
 
 def test_numbers_are_right_aligned() -> None:
-    text = cli.table([("a", 1, 2.0), ("bb", 10, 0.123456)], ("n", "count", "x"))
+    text = table([("a", 1, 2.0), ("bb", 10, 0.123456)], ("n", "count", "x"))
     assert text.splitlines() == ["n   count       x", "a       1       2", "bb     10  0.1235"]

@@ -16,7 +16,7 @@ import torch
 from tiny_models import IMAGE_TOKEN, prompts, tiny_llava
 from torch import Tensor, nn
 
-from qvlm import affine, entropy
+from qvlm import affine, entropy, visual_objective
 from qvlm import visual_encoder as veo
 from qvlm.affine import ActivationRange
 from qvlm.capture import Sample, capture_stream
@@ -99,21 +99,21 @@ def test_step_gradients_agree_with_differences(monkeypatch: pytest.MonkeyPatch) 
         if type(module).__name__ == "LlamaRMSNorm":
             module.forward = functools.partial(_norm, module)  # transformers' own falls to float32
     samples = make_samples(model, 2, torch.float64)
-    wrapped = veo.Model(model, ADAPTER)
-    settings = veo.Settings(entropy=0.3, error=0.7, eta=0.5)
+    wrapped = visual_objective.Model(model, ADAPTER)
+    settings = visual_objective.Settings(entropy=0.3, error=0.7, eta=0.5)
     # A hundredth of the range: all weights but those near zero saturate; those are pushed out.
     ranges = make_ranges(model, WEIGHT_ONLY, 0.01)
     for r in ranges.values():
         with torch.no_grad():
             r.linear.weight.copy_(r.linear.weight.sign() * r.linear.weight.abs().clamp(min=5e-2))
-    targets = veo.reference_pass(wrapped, samples)
+    targets = visual_objective.reference_pass(wrapped, samples)
     gradients = veo.step_gradients(wrapped, samples, [0, 1], targets, ranges, settings)
 
     def value() -> float:
         weights = {name: r.fake_weight() for name, r in ranges.items()}
         with torch.no_grad(), veo.quantized(ranges, weights):
             return sum(
-                float(veo.objective(wrapped.run(s), t, targets, settings)["total"]) / 2
+                float(visual_objective.objective(wrapped.run(s), t, targets, settings)["total"]) / 2
                 for s, t in zip(samples, targets.references, strict=True)
             )
 
@@ -135,11 +135,11 @@ def test_step_gradients_agree_with_differences(monkeypatch: pytest.MonkeyPatch) 
 def test_objective_falls_and_never_rises(format_: Format) -> None:
     model = tiny_llava()
     samples = make_samples(model, 8)
-    wrapped = veo.Model(model, ADAPTER)
-    targets = veo.reference_pass(wrapped, samples)
+    wrapped = visual_objective.Model(model, ADAPTER)
+    targets = visual_objective.reference_pass(wrapped, samples)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     # A random model's labels are noise, so the error term leads.
-    settings = veo.Settings(epochs=4, batch=2, rate=0.02, held_out=0.25, error=30.0)
+    settings = visual_objective.Settings(epochs=4, batch=2, rate=0.02, held_out=0.25, error=30.0)
     ranges = make_ranges(model, format_, 0.6)
     found = veo.optimise(wrapped, samples, targets, ranges, settings)
     totals = [terms["total"] for terms in found.objective]
@@ -160,10 +160,12 @@ def test_objective_falls_and_never_rises(format_: Format) -> None:
 def test_a_diverging_run_keeps_the_start() -> None:
     model = tiny_llava()
     samples = make_samples(model, 4)
-    wrapped = veo.Model(model, ADAPTER)
-    targets = veo.reference_pass(wrapped, samples)
+    wrapped = visual_objective.Model(model, ADAPTER)
+    targets = visual_objective.reference_pass(wrapped, samples)
     ranges = make_ranges(model, Format("w8", WeightScheme(8, "channel", None)), 1.0)
-    found = veo.optimise(wrapped, samples, targets, ranges, veo.Settings(epochs=2, rate=3.0))
+    found = veo.optimise(
+        wrapped, samples, targets, ranges, visual_objective.Settings(epochs=2, rate=3.0)
+    )
     assert found.best == 0
     assert all(torch.equal(r.clip, torch.ones_like(r.clip)) for r in found.roundings.values())
 
@@ -171,9 +173,9 @@ def test_a_diverging_run_keeps_the_start() -> None:
 def test_same_seed_same_ranges() -> None:
     model = tiny_llava()
     samples = make_samples(model, 4)
-    wrapped = veo.Model(model, ADAPTER)
-    targets = veo.reference_pass(wrapped, samples)
-    settings = veo.Settings(epochs=1, batch=2)
+    wrapped = visual_objective.Model(model, ADAPTER)
+    targets = visual_objective.reference_pass(wrapped, samples)
+    settings = visual_objective.Settings(epochs=1, batch=2)
     clips = []
     for _ in range(2):
         ranges = make_ranges(model, WEIGHT_ONLY, 0.8)
@@ -188,7 +190,7 @@ def test_importance_is_the_jacobian_norm() -> None:
     """
     model = tiny_llava(text_num_hidden_layers=3)
     samples = make_samples(model, 3)
-    wrapped = veo.Model(model, ADAPTER)
+    wrapped = visual_objective.Model(model, ADAPTER)
     torch.manual_seed(1)
     with torch.no_grad():
         last = [wrapped.run(s).hidden[-1] for s in samples]
@@ -203,7 +205,7 @@ def test_importance_is_the_jacobian_norm() -> None:
             sums[k] += float(torch.autograd.grad(error, leaf)[0].norm())
             with torch.no_grad():
                 hidden = stream.forward(k, hidden, i)
-    found = veo.layer_importance(wrapped, samples, last)
+    found = visual_objective.layer_importance(wrapped, samples, last)
     assert sum(found) == pytest.approx(1.0, abs=1e-12)
     # Two float32 backward passes over the same operations, summed in another order.
     assert found == pytest.approx((sums / sums.sum()).tolist(), rel=1e-5)
@@ -212,10 +214,10 @@ def test_importance_is_the_jacobian_norm() -> None:
 def test_equal_importance_without_gradient() -> None:
     model = tiny_llava()
     samples = make_samples(model, 1)
-    wrapped = veo.Model(model, ADAPTER)
+    wrapped = visual_objective.Model(model, ADAPTER)
     with torch.no_grad():
         exact = [wrapped.run(samples[0]).hidden[-1]]
-    assert veo.layer_importance(wrapped, samples, exact) == pytest.approx([0.5, 0.5])
+    assert visual_objective.layer_importance(wrapped, samples, exact) == pytest.approx([0.5, 0.5])
 
 
 def test_entropy_term_is_the_weighted_sum_of_eq_4() -> None:
@@ -225,18 +227,22 @@ def test_entropy_term_is_the_weighted_sum_of_eq_4() -> None:
     pairs = [entropy.dependency([a], [b], 3).conditional for a, b in itertools.pairwise(hidden)]
     expected = sum(w * d for w, d in zip(weights, pairs, strict=True))
     # Same float64 sums in another order; positive, that is with the minus Eq. 8 lacks.
-    assert float(veo.entropy_loss(hidden, ranges, weights, 3)) == pytest.approx(expected, abs=1e-12)
+    assert float(visual_objective.entropy_loss(hidden, ranges, weights, 3)) == pytest.approx(
+        expected, abs=1e-12
+    )
     assert expected > 0
 
 
 def test_objective_is_the_sum_of_its_terms() -> None:
     model = tiny_llava()
     samples = make_samples(model, 1)
-    wrapped = veo.Model(model, ADAPTER)
-    targets = veo.reference_pass(wrapped, samples)
-    settings = veo.Settings(entropy=0.25, error=3.0, eta=2.0)
+    wrapped = visual_objective.Model(model, ADAPTER)
+    targets = visual_objective.reference_pass(wrapped, samples)
+    settings = visual_objective.Settings(entropy=0.25, error=3.0, eta=2.0)
     with torch.no_grad():
-        exact = veo.objective(wrapped.run(samples[0]), targets.references[0], targets, settings)
+        exact = visual_objective.objective(
+            wrapped.run(samples[0]), targets.references[0], targets, settings
+        )
         ranges = make_ranges(model, WEIGHT_ONLY, 1.0)
         with veo.quantized(ranges, {n: r.fake_weight() for n, r in ranges.items()}):
             seen = wrapped.run(samples[0])
@@ -244,7 +250,9 @@ def test_objective_is_the_sum_of_its_terms() -> None:
     assert float(exact["error"]) == pytest.approx(0.0, abs=1e-9)
     terms = {
         k: float(v)
-        for k, v in veo.objective(seen, targets.references[0], targets, settings).items()
+        for k, v in visual_objective.objective(
+            seen, targets.references[0], targets, settings
+        ).items()
     }
     reference = targets.references[0]
     assert seen.vision is not None and reference.vision is not None
@@ -260,24 +268,24 @@ def test_labels() -> None:
     model = tiny_llava()
     sample = make_samples(model, 1)[0]
     logits = torch.randn(sample.input_ids.shape[1], 333)
-    positions, tokens = veo.labels(sample, logits)
+    positions, tokens = visual_objective.labels(sample, logits)
     count = sample.input_ids.shape[1]
     assert positions.tolist() == [count - 5, count - 4, count - 3, count - 2]
     assert tokens.tolist() == sample.input_ids[0, -4:].tolist()
     without = replace(sample, answer_mask=torch.zeros(count, dtype=torch.bool))
-    positions, tokens = veo.labels(without, logits)
+    positions, tokens = visual_objective.labels(without, logits)
     assert (positions.tolist(), tokens.tolist()) == ([count - 1], [int(logits[-1].argmax())])
 
 
 def test_text_only_batches_have_no_gradient() -> None:
     model = tiny_llava()
-    wrapped = veo.Model(model, ADAPTER)
+    wrapped = visual_objective.Model(model, ADAPTER)
     ids = torch.arange(20, 40)[None]
     answer = torch.arange(20) >= 16
     text = Sample(ids, None, torch.zeros(20, dtype=torch.bool), answer)
-    targets = veo.reference_pass(wrapped, [text])
+    targets = visual_objective.reference_pass(wrapped, [text])
     ranges = make_ranges(model, WEIGHT_ONLY, 0.8)
     gradients: list[Tensor] = veo.step_gradients(
-        wrapped, [text], [0], targets, ranges, veo.Settings()
+        wrapped, [text], [0], targets, ranges, visual_objective.Settings()
     )
     assert all(not bool(g.any()) for g in gradients)

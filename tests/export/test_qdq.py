@@ -25,7 +25,8 @@ from qvlm.progress import silent
 from qvlm.recipe import FORMATS, Recipe
 from qvlm_export.bounds import UNIT_ROUNDOFF
 from qvlm_export.graph import GraphBuilder
-from qvlm_export.qdq import GEMM_LIMIT, check_deployable, heads_linear, linears, weight_split
+from qvlm_export.linear_plan import check_deployable
+from qvlm_export.qdq import GEMM_LIMIT, heads_linear, linears, weight_split
 from qvlm_export.targets import named_target
 from qvlm_export.weights import Weights, write_model
 from qvlm_runtime.backend import EXACT, open_session

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from qvlm.errors import ExportError
-from qvlm_export.conform import attention, graph, operators, placement, quant, types, weights
+from qvlm_export.conform import attention, cache, graph, operators, placement, quant, types, weights
 from qvlm_export.conform.rule import Consumer, Finding, Level, Rule, release_column
 from qvlm_export.conform.view import GraphView
 from qvlm_export.targets import Target
@@ -18,6 +18,7 @@ RULES: tuple[Rule, ...] = (
     *types.RULES,
     *operators.RULES,
     *attention.RULES,
+    *cache.RULES,
     *quant.RULES,
     *weights.RULES,
     *placement.RULES,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 from qvlm.checkpoint import Checkpoint
 from qvlm_export.attention import CausalAttention, HeadShape, Rotary, causal_attention
 from qvlm_export.graph import GraphBuilder
+from qvlm_export.linear_plan import has_linear
 from qvlm_export.ops import (
     activation,
     embedding_merge,
@@ -25,7 +26,7 @@ from qvlm_export.ops import (
     split_heads,
 )
 from qvlm_export.processor import eos_token_ids, template_tokens, token_text
-from qvlm_export.qdq import has_linear, heads_linear, linear, linears, lookup
+from qvlm_export.qdq import heads_linear, linear, linears, lookup
 from qvlm_runtime.manifest import ModelSpec
 
 

@@ -27,7 +27,7 @@ from qvlm_runtime.bench.measure import Samples, Session, ratios
 from qvlm_runtime.bench.page import to_html
 from qvlm_runtime.bench.plan import Plan, read_plan
 from qvlm_runtime.bench.power import PowerReader, choose
-from qvlm_runtime.bench.power.reader import SENSORS
+from qvlm_runtime.bench.power.choose import SENSORS
 from qvlm_runtime.bench.weights import graph_weights
 from qvlm_runtime.bench.worker import WorkerSubject
 from qvlm_runtime.errors import PromptError, RuntimeFault

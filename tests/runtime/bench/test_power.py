@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 
+from qvlm_runtime.bench.power.choose import choose
 from qvlm_runtime.bench.power.ina3221 import Ina3221, channels
 from qvlm_runtime.bench.power.nvml import Nvml, NvmlPower
 from qvlm_runtime.bench.power.rapl import Rapl
-from qvlm_runtime.bench.power.reader import Integrator, Unavailable, choose, total_rails
+from qvlm_runtime.bench.power.reader import Integrator, Unavailable, total_rails
 from qvlm_runtime.bench.power.tegrastats import Tegrastats, parse
 
 ORIN_NANO = (

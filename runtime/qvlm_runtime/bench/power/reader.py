@@ -1,4 +1,4 @@
-"""What every power reader gives: joules by rail since it started. And the choice among them.
+"""What every power reader gives: joules by rail since it started.
 
 Some sensors count energy (RAPL, NVML of Volta and later); the others tell power, which is
 integrated by the trapezoid rule over samples. Both end as cumulative joules, so a measurement is
@@ -10,14 +10,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from qvlm_runtime.errors import RuntimeFault
 
 Rails = Mapping[str, float]
-_BOARDS = ("ina3221", "tegrastats")
-SENSORS = (*_BOARDS, "rapl", "nvml")
 # Rails that lie behind another rail of the same board, so a sum must not count them: on AGX Orin
 # the memory rail is fed from VIN_SYS_5V0; NC is a channel that is not connected.
 _BEHIND = ("VDDQ_VDD2_1V8AO", "NC")
@@ -118,44 +115,3 @@ def total_rails(rails: Sequence[str]) -> tuple[str, ...]:
         if name in rails:
             return (name,)
     return tuple(rail for rail in rails if rail not in _BEHIND)
-
-
-def choose(wanted: str, root: Path = Path("/")) -> tuple[list[PowerReader], dict[str, str]]:
-    """The readers to use, and for each sensor that is not used the reason.
-
-    wanted: "auto" (a board's own sensors if it has them, else processor and GPU together), "none",
-    or a name of SENSORS, which must then be there (Unavailable). root: where /sys is, for tests.
-    """
-    if wanted == "none":
-        return [], {"all": "switched off"}
-    sensors, boards = _sensors(), False
-    readers: list[PowerReader] = []
-    reasons: dict[str, str] = {}
-    for name in SENSORS if wanted == "auto" else (wanted,):
-        if boards:
-            # What a board measures at its input contains its processor and GPU.
-            reasons[name] = f"not needed beside {readers[0].source}"
-            continue
-        try:
-            readers.append(sensors[name](root))
-            boards = name in _BOARDS
-        except Unavailable as error:
-            if wanted != "auto":
-                raise
-            reasons[name] = str(error)
-    return readers, reasons
-
-
-def _sensors() -> dict[str, Callable[[Path], PowerReader]]:
-    """Name to constructor, a board's sensors first. Imported here: they import this module."""
-    from qvlm_runtime.bench.power.ina3221 import Ina3221
-    from qvlm_runtime.bench.power.nvml import NvmlPower
-    from qvlm_runtime.bench.power.rapl import Rapl
-    from qvlm_runtime.bench.power.tegrastats import Tegrastats
-
-    return {
-        "ina3221": Ina3221,
-        "tegrastats": lambda _: Tegrastats(),
-        "rapl": Rapl,
-        "nvml": lambda _: NvmlPower(),
-    }
