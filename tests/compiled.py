@@ -1,5 +1,5 @@
-"""Graphs through the compiler of TensorRT for RTX, with the kernels it made. For tests and measurements; needs the extra
-[rtx].
+"""Graphs through the compiler of TensorRT for RTX, with the kernels it made. For tests and measurements; needs the
+extra [rtx].
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Kernels = list[list[Kernel]]
 def compile_graphs(
     folder: Path, spec: TargetSpec, checkpoint: Checkpoint, sm: int
 ) -> dict[str, Kernels]:
-    """Graph -> kernels of each profile, integer weights checked to be used as integers. ExportError where they are not."""
+    """Graph -> kernels of each profile; ExportError if integer weights are not used as integers."""
     model, image = model_spec(checkpoint), image_spec(checkpoint)
     found = {}
     for stem, path in spec.graphs.items():

@@ -1,8 +1,8 @@
-"""Every family's tiny quantized model, for every TensorRT target, through the compiler of TensorRT for RTX: does each graph
-parse and compile, with integer products where the weights are integers, and into how many kernels?
+"""Every family's tiny quantized model, for every TensorRT target, through the compiler of TensorRT for RTX: does each
+graph parse and compile, with integer products where weights are integers, and into how many kernels?
 
-Each target is built with its own defaults, in bfloat16 and with the cache in place, where it has them; what gives the same
-bytes is compiled once. What is compiled here is the graph, not the engine that the target's own TensorRT would build.
+Each target is built with its own defaults, in bfloat16 and with the cache in place, where it has them; what gives the
+same bytes is compiled once. What is compiled is the graph, not the engine that the target's own TensorRT would build.
 
 Run: PYTHONPATH=.:export:runtime:calib_data:tests python tests/bench/family_engines.py [FAMILY ...] [--results FILE]
 Needs the extra [rtx]; no GPU, no network. With --results, families that the file has already are left out.
@@ -53,8 +53,8 @@ def content(folder: Path, spec: TargetSpec) -> str:
 
 
 def measure(family: str, work: Path) -> list[dict[str, Any]]:
-    """A row for each different pair of graphs and GPU generation: the targets it is for, rules broken, kernels of image,
-    prompt and step, or what the compiler said.
+    """A row for each different pair of graphs and GPU generation: the targets it is for, rules broken, kernels of an
+    image, a prompt and a step, or what the compiler said.
     """
     checkpoint = quantized(family, work / "model")
     rows: dict[tuple[str, int], dict[str, Any]] = {}

@@ -166,6 +166,7 @@ def test_bad_calibration_data_is_named(
         (["--recipe", "nothing"], "neither a known name"),
         (["--method", "magic"], "magic"),
         (["--max-context", "100000"], "max_context 100000"),
+        (["--image-size", "16"], "images of this model have one size"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(

@@ -19,9 +19,18 @@ from qvlm_export.build import build
 from qvlm_export.conform import check
 from qvlm_export.targets import TARGETS, named_target
 
-# Kernels of an image, of a prompt and of a decode step, on Ampere. More of them than before is a form that the
-# compiler no longer fuses.
-KERNELS: dict[str, tuple[int, int, int]] = {}
+# Kernels of an image, of a prompt and of a decode step. More than before: a form that is no longer fused.
+KERNELS = {
+    "llava": (27, 26, 21),
+    "smolvlm": (36, 24, 19),
+    "idefics3": (36, 24, 19),
+    "internvl": (37, 24, 19),
+    "llava_next": (27, 24, 19),
+    "llava_onevision": (37, 24, 19),
+    "qwen2_vl": (37, 36, 28),
+    "qwen2_5_vl": (38, 36, 28),
+    "qwen3_vl": (45, 42, 41),
+}
 # The rest is compiled by tests/bench/family_engines.py.
 ADA = ("smolvlm", "qwen2_5_vl")
 
