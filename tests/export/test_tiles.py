@@ -54,6 +54,7 @@ VARIANTS: dict[str, tuple[str, int, dict[str, Any]]] = {
         9,
         {"vision_feature_layer": -2},
     ),
+    "internvl, Qwen3": ("internvl", 9, {"text__model_type": "qwen3", "text__head_dim": 96}),
     "llava_next": ("llava_next", 36, {}),
     "llava_next, Mistral": (
         "llava_next",
