@@ -271,7 +271,10 @@ def load_processor(directory: Path) -> Any:
             known: Any = PROCESSOR_MAPPING.get(type(config), None)
             if known is not None and "video_processor" in known.get_attributes():
                 auto = _without_video(known)
-            return auto.from_pretrained(directory, local_files_only=True, backend="pil")
+            processor = auto.from_pretrained(directory, local_files_only=True, backend="pil")
+            if processor.chat_template is None:  # older directories have it with the tokenizer
+                processor.chat_template = processor.tokenizer.chat_template
+            return processor
         except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
             raise CheckpointError(
                 f"{directory}: tokenizer or image processor not loadable ({_first_line(error)})"
