@@ -268,11 +268,16 @@ class Checkpoint:
         self.config = load_json(self.directory / "config.json")
         self.recipe = Recipe.from_json(load_json(self.directory / "recipe.json"))
         report = load_json(self.directory / "quantization.json")
-        self.linears: dict[str, dict[str, str]] = report["linears"]
-        self.float_linears: dict[str, str] = report["float_linears"]
-        self.method_report: dict[str, Any] = report["method"]
         index = load_json(self.directory / "model.safetensors.index.json")
-        self._files: dict[str, str] = index["weight_map"]
+        try:
+            self.linears: dict[str, dict[str, str]] = report["linears"]
+            self.float_linears: dict[str, str] = report["float_linears"]
+            self.method_report: dict[str, Any] = report["method"]
+            self._files: dict[str, str] = index["weight_map"]
+        except KeyError as error:
+            raise CheckpointError(
+                f"{self.directory}: not a checkpoint of this version of qvlm (no {error}). Quantize again."
+            ) from error
         self._handles: dict[str, Any] = {}
         for shard in sorted(set(self._files.values())):
             self._open(shard)

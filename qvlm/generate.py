@@ -80,9 +80,17 @@ def with_own_answer(model: nn.Module, sample: Sample, steps: int) -> Sample:
     """A sample without answer extended by the model's greedy answer (end token included)."""
     tokens = decode(model, sample.model_inputs(), steps, stop_tokens(model)).tokens
     count = tokens.shape[1]
+    # Qwen-VL's kinds of tokens: a number for each, 0 for text.
+    others = {
+        key: torch.cat([value, value.new_zeros(tokens.shape)], 1)
+        if isinstance(value, Tensor) and value.shape == sample.input_ids.shape
+        else value
+        for key, value in sample.others.items()
+    }
     return replace(
         sample,
         input_ids=torch.cat([sample.input_ids, tokens], 1),
+        others=others,
         image_mask=torch.cat([sample.image_mask, torch.zeros(count, dtype=torch.bool)]),
         answer_mask=torch.cat([sample.answer_mask, torch.ones(count, dtype=torch.bool)]),
     )

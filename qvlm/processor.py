@@ -38,7 +38,9 @@ def load_processor(directory: Path) -> Any:
 
 
 def _completed(processor: Any, adapter: Adapter | None, directory: Path) -> Any:
-    """A processor with the chat template and the limit on images that its adapter names."""
+    """A processor with its directory's chat template, or the one and the limit on images that its adapter names."""
+    if processor.chat_template is None:  # older directories have it with the tokenizer
+        processor.chat_template = processor.tokenizer.chat_template
     if adapter is not None and adapter.chat_template and not processor.chat_template:
         # Not every processor reads the directory's own.
         path = directory / "chat_template.jinja"
@@ -66,11 +68,14 @@ def _with_few_images(processor: Any, most: int) -> Any:
 
 def _without_video(processor: Any) -> Any:
     """A processor class whose ``video_processor`` is None."""
-    from transformers import AutoImageProcessor, AutoTokenizer
+    from transformers import AutoImageProcessor, AutoTokenizer, ProcessorMixin
 
     makers: dict[str, Any] = {"image_processor": AutoImageProcessor, "tokenizer": AutoTokenizer}
 
     class Pictures(processor):  # type: ignore[misc]
+        # SmolVLM's own asks the video part for its settings, whatever the conversation holds.
+        apply_chat_template = ProcessorMixin.apply_chat_template
+
         def check_argument_for_proper_class(self, argument_name: str, argument: Any) -> Any:
             if argument_name == "video_processor":
                 return None

@@ -31,7 +31,7 @@ FAMILIES = {
     "blip-2": "BLIP-2 (OPT)",
 }
 _GRAPHS, _TILES, _QWEN = (f"tests/export/test_{n}.py" for n in ("graphs", "tiles", "qwen"))
-_QUANTIZED = "tests/export/test_tiles_quantized.py"
+_QUANTIZED, _TARGETS = (f"tests/export/test_{n}.py" for n in ("tiles_quantized", "family_targets"))
 _BLIP = "tests/export/test_blip.py"
 _KINDS, _PROMPTS = "tests/runtime/test_image_kinds.py", "tests/runtime/test_prompt_text.py"
 
@@ -72,21 +72,11 @@ COLUMNS: dict[str, tuple[Proof, ...]] = {
         ),
     ),
     "rtx compiled": (
-        Proof(
-            "tests/export/test_rtx.py", "test_every_graph_compiles_with_its_integers", ("llava",)
-        ),
-        Proof(_QUANTIZED, "test_engines_compile_with_their_integers"),
-        Proof("tests/end_to_end/test_qwen.py", "test_the_manifest_gives_profiles_that_compile"),
+        Proof(_TARGETS, "test_engines_have_their_integers_and_kernels"),
         Proof(_BLIP, "test_engines_compile_with_their_integers", ("blip-2",)),
     ),
-    "jetpack6, 7 checked": (
-        Proof(
-            "tests/export/conform/test_exported.py",
-            "test_exported_graphs_have_no_findings",
-            ("llava",),
-        ),
-        Proof(_TILES, "test_graphs_of_every_target_have_no_findings"),
-        Proof(_QWEN, "test_every_target_takes_the_graphs"),
+    "every target checked": (
+        Proof(_TARGETS, "test_graphs_of_every_target_have_no_findings"),
         Proof(_BLIP, "test_graphs_of_every_target_have_no_findings", ("blip-2",)),
     ),
     "images equal": (

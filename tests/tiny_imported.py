@@ -102,7 +102,7 @@ def write_imported(
     rng = np.random.default_rng(0)
     grids, result = {}, {}
     for name, tensor in tensors.items():
-        if ".language_model." not in f".{name}" or not name.endswith("_proj.weight"):
+        if not of_decoder(name):
             result[name] = tensor
             continue
         out, columns = tensor.shape
@@ -122,6 +122,12 @@ def write_imported(
     stored_config = json.loads(path.read_text())
     path.write_text(json.dumps({**stored_config, "quantization_config": {**config, **changes}}))
     return grids
+
+
+def of_decoder(name: str) -> bool:
+    """True for a weight of the decoder's layers, whatever the family calls their parents."""
+    tower = any(part in name for part in ("vision", "visual"))
+    return "layers." in name and name.endswith("_proj.weight") and not tower
 
 
 def modern(name: str) -> str:

@@ -43,6 +43,19 @@ SMOLVLM = (
     "{% elif line['type'] == 'image' %}{{ '<image>' }}{% endif %}{% endfor %}"
     "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}{{ 'Assistant:' }}{% endif %}"
 )
+# Those of the hub, without tools and videos.
+IDEFICS3 = SMOLVLM.replace("<|im_start|>", "<|begin_of_text|>")
+QWEN3 = (  # no system turn that nobody wrote
+    "{% if messages[0]['role'] == 'system' %}<|im_start|>system\n"
+    "{% for content in messages[0]['content'] %}{% if 'text' in content %}{{ content['text'] }}"
+    "{% endif %}{% endfor %}<|im_end|>\n{% endif %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}"
+    "<|im_start|>{{ message['role'] }}\n{% for content in message['content'] %}"
+    "{% if content['type'] == 'image' or 'image' in content %}"
+    "<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
 INTERNVL = (
     "{% for message in messages %}{{'<|im_start|>' + message['role'] + '\n'}}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}"
@@ -86,11 +99,19 @@ class Family:
     bos: bool = False
 
 
-def _qwen(image: Image.Image) -> Any:
+def _qwen(image: Image.Image, patch: int) -> Any:
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    size = {"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 20}
-    return Qwen2VLImageProcessorPil(size=size)(image, return_tensors="np")
+    area = (2 * patch) ** 2
+    size = {"shortest_edge": 4 * area, "longest_edge": 20 * area}
+    return Qwen2VLImageProcessorPil(size=size, patch_size=patch)(image, return_tensors="np")
+
+
+def _whole(image: Image.Image) -> Any:
+    from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+
+    size = {"height": 32, "width": 32}
+    return CLIPImageProcessorPil(size=size, crop_size=size)(image, return_tensors="np")
 
 
 def _idefics(image: Image.Image) -> Any:
@@ -123,36 +144,59 @@ _PLACES = [f"<row_{i}_col_{j}>" for i in (1, 2, 3) for j in (1, 2)]  # those of 
 _TILE = "<fake_token_around_image><row_{line}_col_{column}>{image}"
 _GLOBAL = "<fake_token_around_image><global-img>{image}<fake_token_around_image>"
 
-FAMILIES: dict[str, Family] = {
-    "qwen2_vl": Family(
-        PatchImage(PIXELS, 14, 2, 2, 56 * 56, 28 * 28 * 20),
+
+def _qwen_family(name: str, processor: str, patch: int = 14, template: str = QWEN) -> Family:
+    area = (2 * patch) ** 2
+    return Family(
+        PatchImage(PIXELS, patch, 2, 2, 4 * area, 20 * area),
         MarkerSpec(),
         "<|image_pad|>",
-        QWEN,
+        template,
         (*_CHATML, "<|vision_start|>", "<|vision_end|>"),
-        "qwen2_vl.processing_qwen2_vl.Qwen2VLProcessor",
+        f"{name}.processing_{name}.{processor}",
         {"image_processor": SimpleNamespace(merge_size=2)},
-        _qwen,
-    ),
-    "smolvlm": Family(
+        lambda image: _qwen(image, patch),
+    )
+
+
+def _split_family(name: str, processor: str, template: str, first: str) -> Family:
+    return Family(
         SplitImage(PIXELS, 4, 32, 96),
         MarkerSpec(_GLOBAL, _TILE, "\n", f"\n{_GLOBAL}"),
         "<image>",
-        SMOLVLM,
-        (
-            "<|im_start|>",
-            "<end_of_utterance>",
-            "<fake_token_around_image>",
-            "<global-img>",
-            *_PLACES,
-        ),
-        "idefics3.processing_idefics3.Idefics3Processor",
+        template,
+        (first, "<end_of_utterance>", "<fake_token_around_image>", "<global-img>", *_PLACES),
+        f"{name}.processing_{name}.{processor}",
         {
             "image_seq_len": 4,
             "fake_image_token": "<fake_token_around_image>",
             "global_image_tag": "<global-img>",
+            "global_image_token": "<global-img>",
         },
         _idefics,
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    "qwen2_vl": _qwen_family("qwen2_vl", "Qwen2VLProcessor"),
+    "qwen2_5_vl": _qwen_family("qwen2_5_vl", "Qwen2_5_VLProcessor"),
+    "qwen3_vl": _qwen_family("qwen3_vl", "Qwen3VLProcessor", 16, QWEN3),
+    "smolvlm": _split_family("smolvlm", "SmolVLMProcessor", SMOLVLM, "<|im_start|>"),
+    "idefics3": _split_family("idefics3", "Idefics3Processor", IDEFICS3, "<|begin_of_text|>"),
+    "llava": Family(
+        WholeImage(PIXELS, 16, ("exact", 32, 32), None),
+        MarkerSpec(),
+        "<image>",
+        LLAVA,
+        (),
+        "llava.processing_llava.LlavaProcessor",
+        {
+            "patch_size": 8,
+            "num_additional_image_tokens": 1,
+            "vision_feature_select_strategy": "default",
+        },
+        _whole,
+        bos=True,
     ),
     "internvl": Family(
         CanvasImage(PIXELS, 3, (28, 28), 1, 6),

@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from PIL import Image
 from tiny_models import IMAGE_TOKEN
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from torch import nn
 
 from qvlm.checkpoint import CheckpointWriter
+from qvlm.data import Question
 from qvlm.recipe import RECIPES
 
 Array = np.ndarray[Any, Any]
@@ -243,11 +245,18 @@ def _tokenizer() -> Any:
 
 
 _SQUARE = {"height": 48, "width": 48}
+_HALVES = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+_SPLIT = {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 48}}
 # family -> (image processor, its settings, the processor's): pictures become up to four tiles of 48 x 48 and one more.
 PROCESSORS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "smolvlm": (
+        "SmolVLMImageProcessorPil",
+        _SPLIT,
+        {"processor_class": "SmolVLMProcessor", "image_seq_len": 9},
+    ),
     "idefics3": (
         "Idefics3ImageProcessorPil",
-        {"size": {"longest_edge": 96}, "max_image_size": {"longest_edge": 48}},
+        _SPLIT,
         {"processor_class": "Idefics3Processor", "image_seq_len": 9},
     ),
     "internvl": (
@@ -269,6 +278,16 @@ PROCESSORS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
             "num_additional_image_tokens": 1,
         },
     ),
+    "llava_onevision": (
+        "LlavaOnevisionImageProcessorPil",
+        {"size": _SQUARE, "image_grid_pinpoints": PINPOINTS, **_HALVES},
+        {
+            "processor_class": "LlavaOnevisionProcessor",
+            "num_image_tokens": 36,
+            "vision_feature_select_strategy": "full",
+            "vision_aspect_ratio": "anyres_max_9",
+        },
+    ),
 }
 
 
@@ -281,3 +300,19 @@ def write_source(family: str, directory: Path, **changes: Any) -> Path:
     (directory / "processor_config.json").write_text(json.dumps(rest))
     (directory / "chat_template.jinja").write_text(TEMPLATE)
     return directory
+
+
+def picture(seed: int, height: int, width: int) -> Image.Image:
+    """Noise."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def tiny_questions(count: int = 3) -> list[Question]:
+    """One picture and two, wide and tall; with an answer and without."""
+    questions = [
+        Question((picture(0, 40, 96),), "What is it?", "cat"),
+        Question((picture(1, 90, 60), picture(2, 50, 50)), "Both?", None),
+        Question((picture(3, 30, 26),), "Is", "a dog"),
+    ]
+    return questions[:count]

@@ -228,8 +228,11 @@ def _dry_run(request: Any) -> dict[str, Any]:
         raise ExportError(f"{request.source}: already quantized, nothing to plan. Drop --dry-run.")
     from qvlm.plan import plan
     from qvlm.source import open_source
+    from qvlm_export.precheck import Settings, check_settings
 
-    return plan(open_source(request.source), request.recipe).to_json()
+    source = open_source(request.source)
+    check_settings(Settings(source.directory, source.config), request.max_context, request.limits)
+    return plan(source, request.recipe).to_json()
 
 
 def _verify_parser() -> Command:

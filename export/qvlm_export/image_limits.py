@@ -108,9 +108,9 @@ def _within(spec: AnyresImage, area: int) -> tuple[tuple[int, int], ...]:
 def _one_less(spec: ImageSpec, rows: int) -> ImageSpec | None:
     """The next smaller images, or None at the smallest."""
     if isinstance(spec, PatchImage):
-        if rows < 1:
+        most = max(1, rows) * (spec.patch * spec.merge) ** 2
+        if most >= spec.most_pixels:
             return None
-        most = rows * (spec.patch * spec.merge) ** 2
         return replace(spec, most_pixels=most, least_pixels=min(spec.least_pixels, most))
     if isinstance(spec, SplitImage):
         longest = spec.longest_edge - (spec.longest_edge - 1) % spec.tile - 1

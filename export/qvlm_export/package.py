@@ -22,6 +22,7 @@ from qvlm_export.image_limits import NO_LIMITS, ImageLimits
 from qvlm_export.processor import chat_template
 from qvlm_export.report import Report, to_html
 from qvlm_export.targets import named_target
+from qvlm_export.verify import write_golden_images
 from qvlm_runtime.manifest import Manifest, TargetSpec, digest, read_manifest, verify_files
 
 MANIFEST = "manifest.json"
@@ -30,20 +31,20 @@ _REQUIRED = ("tokenizer.json", "goldens.npz", "recipe.json")
 _REPORT = ("report.json", "report.html")
 
 
-def add_runtime_files(checkpoint: Checkpoint, folder: Path) -> None:
+def add_runtime_files(
+    checkpoint: Checkpoint, folder: Path, limits: ImageLimits = NO_LIMITS
+) -> None:
     """Copy tokenizer, goldens and recipe, and write chat_template.jinja; ExportError if one is
-    missing.
+    missing. With ``limits`` the images of the goldens are cut otherwise than the manifest says:
+    golden_images.json says how.
     """
     try:
         for name in _REQUIRED:
             shutil.copyfile(checkpoint.directory / name, folder / name)
         template = chat_template(checkpoint)
-        if template is None:
-            raise ExportError(
-                f"{checkpoint.directory}: no chat template (chat_template.jinja). "
-                "Copy it from the model's source."
-            )
         (folder / "chat_template.jinja").write_text(template, encoding="utf-8")
+        if limits != NO_LIMITS:
+            write_golden_images(folder, image_spec(checkpoint))
     except FileNotFoundError as error:
         raise ExportError(
             f"{error.filename}: absent. Copy the model's tokenizer files beside its weights."

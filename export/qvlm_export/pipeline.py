@@ -28,6 +28,7 @@ from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
 from qvlm_export.float_range import largest_activations
 from qvlm_export.image_limits import NO_LIMITS, ImageLimits
+from qvlm_export.precheck import Settings, check_settings
 from qvlm_export.report import Report, component_rows, divergence
 from qvlm_export.targets import DEFAULT, Target, Variant, named_target
 from qvlm_export.verify import verify_target
@@ -113,11 +114,9 @@ def export(
     """
     targets = _check(request, out, overwrite)
     work = out.with_name(out.name + ".partial")
+    _check_settings(request, work if resume else None)
     _begin(work, request, resume)
     checkpoint = Checkpoint(_quantize(request, work, progress))
-    image_spec(
-        checkpoint, request.limits
-    )  # limits that fit no image are refused before a graph is built
     specs: dict[str, TargetSpec] = {}
     sections: dict[str, dict[str, Any]] = {}
     for target in targets:
@@ -125,7 +124,7 @@ def export(
             checkpoint, request, target, work, progress
         )
     model = model_spec(checkpoint, request.max_context)
-    package.add_runtime_files(checkpoint, work)
+    package.add_runtime_files(checkpoint, work, request.limits)
     manifest = package.write_manifest(
         work,
         checkpoint,
@@ -192,6 +191,21 @@ def _check(request: Request, out: Path, overwrite: bool) -> tuple[Target, ...]:
     return tuple(named_target(name, request.variant) for name in request.targets)
 
 
+def _check_settings(request: Request, resumed: Path | None) -> None:
+    """Refuse what the source's settings forbid, before the first weight is read."""
+    settings: Checkpoint
+    if is_quantized(request.source):
+        settings = Checkpoint(request.source)
+    elif resumed is not None and (resumed / _CHECKPOINT).exists():  # the source is not read again
+        settings = Checkpoint(resumed / _CHECKPOINT)
+    else:
+        from qvlm.source import open_source
+
+        source = open_source(request.source)
+        settings = Settings(source.directory, source.config)
+    check_settings(settings, request.max_context, request.limits)
+
+
 def is_quantized(source: str) -> bool:
     """True if ``source`` is a checkpoint that qvlm wrote."""
     return (Path(source) / "quantization.json").is_file()
@@ -203,7 +217,7 @@ def _quantize(request: Request, work: Path, progress: Progress) -> Path:
         return Path(request.source)
     checkpoint = work / _CHECKPOINT
     if not checkpoint.exists():  # it gets its name when complete
-        # The one bridge to the core: torch is needed here and nowhere else in the exporter.
+        # With _check_settings the bridge to the core: torch is needed here and nowhere else in the exporter.
         from qvlm.quantize import quantize
 
         quantize(

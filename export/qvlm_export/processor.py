@@ -259,9 +259,9 @@ def template_tokens(checkpoint: Checkpoint) -> dict[str, str]:
     return tokens
 
 
-def chat_template(checkpoint: Checkpoint) -> str | None:
-    """The chat template: chat_template.jinja, or the key of that name in one of three JSON files;
-    None without one.
+def chat_template(checkpoint: Checkpoint) -> str:
+    """The chat template: chat_template.jinja, or the key of that name in one of three JSON files; ExportError without
+    one.
     """
     path = checkpoint.directory / "chat_template.jinja"
     if path.is_file():
@@ -271,4 +271,7 @@ def chat_template(checkpoint: Checkpoint) -> str | None:
         found = load_json(path).get("chat_template") if path.is_file() else None
         if isinstance(found, str):
             return found
-    return None
+    raise ExportError(
+        f"{checkpoint.directory}: no chat template (chat_template.jinja). "
+        "Copy it from the model's source."
+    )

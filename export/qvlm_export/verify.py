@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from qvlm.checkpoint import Checkpoint, Golden, read_goldens
+from qvlm.checkpoint import Checkpoint, Golden, dump_json, load_json, read_goldens
 from qvlm.errors import VerificationError
 from qvlm.progress import Progress
 from qvlm_export.bounds import Error, end_to_end_bound, graph_bound, relative_error
@@ -30,13 +30,15 @@ from qvlm_export.weights import Array
 from qvlm_runtime.backend import EXACT, Session, open_session
 from qvlm_runtime.decoder import Decoder
 from qvlm_runtime.errors import RuntimeFault
-from qvlm_runtime.image_spec import ImageSpec
+from qvlm_runtime.image_spec import ImageSpec, parse_image
 from qvlm_runtime.manifest import ModelSpec, TargetSpec, read_manifest
 from qvlm_runtime.positions import AXES
 from qvlm_runtime.vision import prepare
 
 # The operator ONNX Runtime must run for an integer weight of that type.
 FUSED = {"INT4": "MatMulNBits", "INT8": "MatMulIntegerToFloat"}
+
+_GOLDEN_IMAGES = "golden_images.json"
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,29 @@ def verify_folder(folder: Path, progress: Progress) -> list[VerifyResult]:
     """
     manifest = read_manifest(folder)
     goldens = read_goldens(folder / "goldens.npz")
+    image = _golden_images(folder) or manifest.image
     return [
-        verify_graphs(folder, spec, manifest.model, manifest.image, goldens, progress)
+        verify_graphs(folder, spec, manifest.model, image, goldens, progress)
         for spec in manifest.targets.values()
     ]
+
+
+def write_golden_images(folder: Path, image: ImageSpec) -> None:
+    """Say how the images of the goldens were cut, in a folder whose manifest has limits they do not keep."""
+    dump_json(folder / _GOLDEN_IMAGES, asdict(image))
+
+
+def _golden_images(folder: Path) -> ImageSpec | None:
+    """None: as the manifest says. VerificationError for a file that does not say it."""
+    path = folder / _GOLDEN_IMAGES
+    if not path.is_file():
+        return None
+    try:
+        return parse_image(load_json(path))
+    except (KeyError, TypeError) as error:
+        raise VerificationError(
+            f"{path}: a key is missing or unknown ({error}). Export again."
+        ) from error
 
 
 def verify_graphs(
@@ -243,8 +264,7 @@ class _Replay:
         if start != len(golden.inputs["pixel_values"]):
             raise VerificationError(
                 f"{self.paths['vision']}: images of the goldens have {len(golden.inputs['pixel_values'])} "
-                f"rows of pixels, the manifest's image settings make {start}. A folder exported with "
-                "--image-size or --max-image-tokens is verified while it is exported only."
+                f"rows of pixels, its image settings make {start}. Export again."
             )
         return runs
 

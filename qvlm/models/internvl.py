@@ -1,4 +1,4 @@
-"""InternVL3 in transformers' own format: InternViT, pixel shuffle, norm and two linears, a Qwen2 decoder."""
+"""InternVL3 in transformers' own format: InternViT, pixel shuffle, norm and two linears, a Qwen2 or Qwen3 decoder."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qvlm_runtime.anyres import anyres_arrays, anyres_extremes, anyres_layout, anyres_shapes
 from qvlm_runtime.backend import Array
+from qvlm_runtime.errors import ImageError
 from qvlm_runtime.image import rgb, whole_arrays, whole_extremes, whole_layout, whole_shapes
 from qvlm_runtime.image_spec import (
     AnyresImage,
@@ -73,5 +74,8 @@ def prepare(source: Any, spec: ImageSpec, where: str) -> tuple[Layout, Mapping[s
     and int64. ImageError.
     """
     array = rgb(source, spec.pixels, where)
-    found = layout(spec, array.shape[0], array.shape[1])
+    try:
+        found = layout(spec, array.shape[0], array.shape[1])
+    except ImageError as error:  # layouts know sizes only
+        raise ImageError(f"{where}: {error}") from error
     return found, _KINDS[type(spec)].arrays(spec, array, where)

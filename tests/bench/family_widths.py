@@ -32,7 +32,14 @@ from qvlm_export.facts import graph_facts
 from qvlm_export.kernels import check_kernels
 from qvlm_export.rtx import compile_graph
 from qvlm_export.targets import named_target
-from qvlm_runtime.image_spec import CanvasImage, ImageSpec, PixelSpec, SplitImage, WholeImage
+from qvlm_runtime.image_spec import (
+    CanvasImage,
+    ImageSpec,
+    PatchImage,
+    PixelSpec,
+    SplitImage,
+    WholeImage,
+)
 
 SM = 86
 _LAYERS = "num_hidden_layers"
@@ -94,6 +101,37 @@ def _internvl(text: tuple[int, int, int, int, int]) -> Shape:
         },
     }
     return Shape(config, "w4a16", CanvasImage(_PIXELS, 256, (448, 448), 1, 12))
+
+
+def _qwen(
+    model_type: str,
+    text: dict[str, Any],
+    vision: dict[str, Any],
+    patches: PatchImage,
+) -> Shape:
+    """text and vision: what the two published models do not share."""
+    config = {
+        "model_type": model_type,
+        "image_token_id": 151655,
+        "video_token_id": 151656,
+        "vision_start_token_id": 151652,
+        "vision_end_token_id": 151653,
+        "tie_word_embeddings": True,
+        "text_config": {
+            "vocab_size": 151936,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            **text,
+        },
+        "vision_config": {
+            "depth": 2,
+            "num_heads": 16,
+            "out_hidden_size": 2048,
+            "patch_size": patches.patch,
+            **vision,
+        },
+    }
+    return Shape(config, "w4a16", patches)
 
 
 def _vision(sizes: tuple[int, int, int, int, int, int]) -> dict[str, Any]:
@@ -169,6 +207,45 @@ SHAPES: dict[str, Shape] = {
         "w4a16",
         WholeImage(_PIXELS, 32, ("exact", 224, 224), None),
         2048,
+    ),
+    "Qwen2.5-VL-3B": _qwen(
+        "qwen2_5_vl",
+        {
+            "max_position_embeddings": 128000,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 1e6,
+                "mrope_section": [16, 24, 24],
+            },
+            **_text((2048, 11008, 2, 16, 2)),
+        },
+        {
+            "hidden_size": 1280,
+            "intermediate_size": 3420,
+            "window_size": 112,
+            "fullatt_block_indexes": [1],
+        },
+        PatchImage(_PIXELS, 14, 2, 2, 56 * 56, 28 * 28 * 16384, window=112),
+    ),
+    "Qwen3-VL-2B": _qwen(
+        "qwen3_vl",
+        {
+            "head_dim": 128,
+            "max_position_embeddings": 262144,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 5e6,
+                "mrope_section": [24, 20, 20],
+            },
+            **_text((2048, 6144, 2, 16, 8)),
+        },
+        {
+            "hidden_size": 1024,
+            "intermediate_size": 4096,
+            "num_position_embeddings": 2304,
+            "deepstack_visual_indexes": [0, 1],
+        },
+        PatchImage(_PIXELS, 16, 2, 2, 256 * 256, 4096 * 4096, position_side=48),
     ),
 }
 

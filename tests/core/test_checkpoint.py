@@ -160,3 +160,31 @@ def test_damaged_files_are_named(tiny_checkpoint: Path, tmp_path: Path) -> None:
         Checkpoint(copy)
     with pytest.raises(CheckpointError, match="no tensor 'nothing'"):
         Checkpoint(tiny_checkpoint).tensor("nothing")
+
+
+@pytest.mark.parametrize(
+    ("file", "key"),
+    [
+        ("quantization.json", "float_linears"),
+        ("quantization.json", "method"),
+        ("model.safetensors.index.json", "weight_map"),
+    ],
+)
+def test_a_checkpoint_of_an_earlier_version_is_one_line(
+    tiny_checkpoint: Path, tmp_path: Path, file: str, key: str
+) -> None:
+    copy = Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+    stored = json.loads((copy / file).read_text())
+    del stored[key]
+    (copy / file).write_text(json.dumps(stored))
+    with pytest.raises(CheckpointError, match=rf"\(no '{key}'\)\. Quantize again\.$"):
+        Checkpoint(copy)
+
+
+def test_goldens_of_an_earlier_version_are_one_line(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """Those that did not say how large the pictures were."""
+    with np.load(tiny_checkpoint / "goldens.npz") as stored:
+        kept = {key: stored[key] for key in stored.files if not key.endswith("image_sizes")}
+    np.savez(tmp_path / "goldens.npz", **kept)
+    with pytest.raises(CheckpointError, match=r"0\.image_sizes .*Quantize again\.$"):
+        read_goldens(tmp_path / "goldens.npz")

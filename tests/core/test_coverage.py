@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from qvlm.job import quantized
 from tiny_blocks import tiny_context
 from tiny_models import IMAGE_TOKEN
 from tiny_source import tiny_questions
@@ -19,7 +20,6 @@ from tiny_source import tiny_questions
 from qvlm.checkpoint import Checkpoint
 from qvlm.coverage import LENGTH, covering, unseen_tokens, with_coverage
 from qvlm.errors import RecipeError
-from qvlm.job import quantized
 from qvlm.methods import Context
 from qvlm.plan import resolve
 from qvlm.quantize import build_samples, quantize

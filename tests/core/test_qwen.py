@@ -19,7 +19,7 @@ from tiny_qwen import FAMILIES, IMAGE_TOKEN, tiny_questions, write_tiny_source
 from qvlm import embedding
 from qvlm.capture import Sample, build_sample, capture_inputs, capture_stream
 from qvlm.evaluate import answers, divergence, load_quantized
-from qvlm.generate import decode
+from qvlm.generate import decode, with_own_answer
 from qvlm.models import ADAPTERS
 from qvlm.quantize import quantize
 from qvlm.recipe import COMPONENTS, RECIPES
@@ -119,3 +119,27 @@ def test_methods_beat_rounding(made: Callable[[str], Made], tmp_path: Path) -> N
         out = quantize(str(path), tmp_path / method, recipe, questions=questions, goldens=1)
         found[method] = divergence(loaded, load_quantized(out), questions).kl
     assert found["gptq"] < found["rtn"] / 2 and found["q-vlm"] < found["rtn"]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_picture_without_an_answer_gets_the_models_own(
+    made: Callable[[str], Made], family: str
+) -> None:
+    """A folder of pictures has no answers; what the model is told of each token must grow with them."""
+    _, loaded, samples = made(family)
+    prompt = samples[1]
+    length = int((~prompt.answer_mask).sum())
+    kinds = {"mm_token_type_ids": prompt.others["mm_token_type_ids"][:, :length]}
+    bare = replace(
+        prompt,
+        input_ids=prompt.input_ids[:, :length],
+        image_mask=prompt.image_mask[:length],
+        answer_mask=prompt.answer_mask[:length],
+        others={**prompt.others, **kinds},
+    )
+    sample = with_own_answer(loaded.model, bare, 5)
+    whole = loaded.model(**sample.model_inputs()).logits[0, length - 1 : -1]
+    steps = decode(loaded.model, bare.model_inputs(), 5, keep_logits=True)
+    assert torch.equal(sample.input_ids[0, length:], steps.tokens[0])
+    assert steps.logits is not None
+    torch.testing.assert_close(whole, steps.logits[0], rtol=1e-4, atol=1e-4)

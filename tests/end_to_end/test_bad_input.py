@@ -17,7 +17,9 @@ from safetensors.numpy import load_file, save_file
 from tiny_source import picture
 
 from qvlm_export.cli import main as export_main
+from qvlm_runtime.bench.cli import main as bench_main
 from qvlm_runtime.cli import main as run_main
+from qvlm_runtime.serve.cli import main as serve_main
 
 Damage = Callable[[Path], None]
 
@@ -166,6 +168,7 @@ def test_bad_calibration_data_is_named(
         (["--recipe", "nothing"], "neither a known name"),
         (["--method", "magic"], "magic"),
         (["--max-context", "100000"], "max_context 100000"),
+        (["--image-size", "16"], "images of this model have one size"),
     ],
 )
 def test_a_request_that_cannot_be_met_is_refused(
@@ -250,6 +253,30 @@ def test_a_damaged_folder_is_not_run(
     capsys.readouterr()
     assert run_main([str(folder), "hello"]) == 1
     assert names in one_line(capsys, "qvlm-run")
+
+
+@pytest.mark.parametrize(
+    ("program", "run", "words"),
+    [
+        *(("qvlm-export", export_main, [name, "OUT"]) for name in ("verify", "check", "build")),
+        ("qvlm-run", run_main, ["OUT", "hello"]),
+        ("qvlm-bench", bench_main, ["OUT"]),
+        ("qvlm-serve", serve_main, ["OUT"]),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_a_folder_of_schema_1_is_to_be_exported_again(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    program: str,
+    run: Callable[[list[str]], int],
+    words: list[str],
+) -> None:
+    """As the first version wrote them: images were a map of numbers."""
+    (tmp_path / "manifest.json").write_text(json.dumps({"schema": 1, "image": {"size": 24}}))
+    assert run([str(tmp_path) if word == "OUT" else word for word in words]) == 1
+    line = one_line(capsys, program)
+    assert "schema 1, expected 2. Export again" in line
 
 
 def test_a_prompt_longer_than_the_cache_is_refused(

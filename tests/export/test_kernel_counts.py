@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from compiled import Kernels, compile_graphs, counts
 from tiny_models import make_case
 
 from qvlm.checkpoint import Checkpoint
@@ -20,9 +21,7 @@ from qvlm.recipe import RECIPES, Recipe
 from qvlm_export import rtx
 from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.builder import profiles
-from qvlm_export.facts import graph_facts
 from qvlm_export.graph import GraphBuilder
-from qvlm_export.kernels import Kernel, check_kernels
 from qvlm_export.qdq import linear
 from qvlm_export.targets import Target, Variant, named_target
 from qvlm_export.weights import Weights, write_model
@@ -47,22 +46,10 @@ def compiler() -> None:
     pytest.importorskip("tensorrt_rtx_bindings")
 
 
-def compiled(folder: Path, target: Target, checkpoint: Checkpoint, sm: int) -> dict[str, Any]:
-    """Graph -> kernels of each profile, integer weights checked to be used as integers."""
+def compiled(folder: Path, target: Target, checkpoint: Checkpoint, sm: int) -> dict[str, Kernels]:
+    """Build and compile: graph -> kernels of each profile."""
     spec = build(checkpoint, target, folder, None, silent)
-    found = {}
-    for stem, path in spec.graphs.items():
-        shapes = profiles(stem, model_spec(checkpoint), image_spec(checkpoint), spec.cache)
-        _, kernels = rtx.compile_graph(folder / path, shapes, sm)
-        check_kernels(kernels, graph_facts(folder / path), stem)
-        ids = sorted({kernel.profile for kernel in kernels})
-        found[stem] = [[k for k in kernels if k.profile == i] for i in ids]
-    return found
-
-
-def counts(found: list[list[Kernel]]) -> tuple[int, ...]:
-    """Kernels of prefill and decode."""
-    return tuple(len(kernels) for kernels in found[:2])
+    return compile_graphs(folder, spec, checkpoint, sm)
 
 
 @pytest.mark.parametrize(("recipe", "cache"), DECODER)
@@ -71,8 +58,7 @@ def test_appending_the_cache_takes_the_fewest_kernels(
 ) -> None:
     checkpoint = Checkpoint(tiny_case(recipe).directory)
     found = compiled(tmp_path, named_target("rtx", Variant(cache=cache)), checkpoint, 86)
-    assert counts(found["decoder"]) == DECODER[recipe, cache]
-    assert counts(found["vision"]) == (VISION[recipe],)
+    assert counts(found) == (VISION[recipe], *DECODER[recipe, cache])
     appended = DECODER[recipe, "append"]
     assert all(n >= least for n, least in zip(DECODER[recipe, cache], appended, strict=True))
 
@@ -84,8 +70,7 @@ def test_ada_and_bfloat16_take_as_many(
     checkpoint = Checkpoint(tiny_case(recipe).directory)
     target = named_target("rtx", Variant(dtype="bfloat16"))
     found = compiled(tmp_path, target, checkpoint, 89)
-    assert counts(found["decoder"]) == DECODER[recipe, "append"]
-    assert counts(found["vision"]) == (VISION[recipe],)
+    assert counts(found) == (VISION[recipe], *DECODER[recipe, "append"])
 
 
 def test_token_normalised_int8_is_three_kernels(

@@ -14,39 +14,23 @@ from typing import Any
 
 import numpy as np
 import pytest
-from PIL import Image
+import tiny_families
 from tiny_models import IMAGE_TOKEN
-from tiny_tiles import write_source
+from tiny_tiles import PROCESSORS, picture, tiny_questions, write_source
 
 from qvlm.capture import build_sample
 from qvlm.checkpoint import Checkpoint
 from qvlm.cli import main as core
-from qvlm.data import Question
 from qvlm.generate import decode, stop_tokens
 from qvlm.progress import silent
 from qvlm.quantize import quantize
 from qvlm.recipe import RECIPES
 from qvlm.source import load, open_source
-from qvlm_export.build import build, image_spec, model_spec
+from qvlm_export.build import build
 from qvlm_export.cli import main
-from qvlm_export.facts import graph_facts
-from qvlm_export.rtx import compile_target
 from qvlm_export.targets import named_target
 from qvlm_export.verify import verify_target
 from qvlm_runtime import load as load_folder
-
-
-def _picture(seed: int, height: int, width: int) -> Image.Image:
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
-
-
-# One picture and two, wide and tall.
-QUESTIONS = (
-    Question((_picture(0, 40, 96),), "What is it?", "cat"),
-    Question((_picture(1, 90, 60), _picture(2, 50, 50)), "Both?", None),
-    Question((_picture(3, 30, 26),), "Is", "a dog"),
-)
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +41,12 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkp
         key = (family, method)
         if key not in made:
             folder = tmp_path_factory.mktemp("tiles")
-            source = write_source(family, folder / "source", text__max_position_embeddings=640)
+            source = write_source(family, folder / "source")
             recipe = replace(RECIPES["w4a16"], method=method, samples=3)
             made[key] = Checkpoint(
-                quantize(str(source), folder / "out", recipe, questions=QUESTIONS, goldens=2)
+                quantize(
+                    str(source), folder / "out", recipe, questions=tiny_questions(3), goldens=2
+                )
             )
         return made[key]
 
@@ -73,8 +59,10 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Checkp
         ("idefics3", "rtn"),
         ("idefics3", "gptq"),
         ("idefics3", "q-vlm"),
+        ("smolvlm", "rtn"),
         ("internvl", "gptq"),
         ("llava_next", "gptq"),
+        ("llava_onevision", "rtn"),
     ],
 )
 def test_verify_accepts_the_export(
@@ -92,29 +80,14 @@ def test_verify_accepts_the_export(
         assert result.positions == sum(len(g.inputs["tokens"]) for g in goldens)
 
 
-@pytest.mark.rtx
-@pytest.mark.parametrize("family", ["idefics3", "internvl", "llava_next"])
-def test_engines_compile_with_their_integers(
-    checkpoint: Callable[..., Checkpoint], family: str, tmp_path: Path
-) -> None:
-    pytest.importorskip("tensorrt_rtx_bindings")
-    made = checkpoint(family, "rtn" if family == "idefics3" else "gptq")
-    spec = build(made, named_target("rtx"), tmp_path, None, silent)
-    _, rows = compile_target(tmp_path, spec, model_spec(made), image_spec(made), silent, (86,))
-    assert {row.engine for row in rows} == {"sm86/vision", "sm86/decoder"}
-    for row in rows:
-        facts = graph_facts(tmp_path / spec.graphs[row.engine.rpartition("/")[2]])
-        assert row.int8_products == facts.count("INT8")
-
-
-@pytest.mark.parametrize("family", ["idefics3", "internvl", "llava_next"])
+@pytest.mark.parametrize("family", ["llava", *PROCESSORS])
 def test_a_folder_answers_as_transformers_does(family: str, tmp_path: Path) -> None:
-    source = write_source(family, tmp_path / "source", text__max_position_embeddings=640)
+    source = tiny_families.write_source(family, tmp_path / "source")
     arguments = [str(source), str(tmp_path / "out"), "--recipe", "float"]
     assert main([*arguments, "--calib", str(_calibration(tmp_path)), "--target", "ort"]) == 0
     loaded = load(open_source(str(source)))
     with load_folder(tmp_path / "out") as model:
-        for question in QUESTIONS:
+        for question in tiny_questions(3):
             images = list(question.images)
             found = model.generate(question.prompt, images=images, max_new_tokens=12)
             sample = build_sample(loaded.processor, images, question.prompt, "", IMAGE_TOKEN)
@@ -140,7 +113,7 @@ def test_a_checkpoint_is_evaluated(
 def _calibration(folder: Path) -> Path:
     """A folder with one question."""
     (folder / "questions").mkdir()
-    _picture(0, 40, 96).save(folder / "questions" / "a.png")
+    picture(0, 40, 96).save(folder / "questions" / "a.png")
     line = {"image": "a.png", "prompt": "What?", "answer": "cat"}
     (folder / "questions" / "samples.jsonl").write_text(json.dumps(line))
     return folder / "questions"

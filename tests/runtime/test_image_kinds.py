@@ -275,6 +275,9 @@ def test_a_sliver_is_refused() -> None:
     assert layout(few, 50, 50).rows == 4
     with pytest.raises(ImageError, match="expected at most 3136 pixels"):
         layout(few, 10, 1000)
+    for height in (3, 10):  # beyond the ratio, beyond the area: which of several pictures it is
+        with pytest.raises(ImageError, match=rf"^image 2: image of 1000 x {height} pixels"):
+            prepare(noise(height, 1000, 3), few, "image 2")
 
 
 # --- all -----------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
-"""InternVL3 (Zhu et al. 2025), in transformers' own format: InternViT, pixel shuffle, norm and two linears, Qwen2."""
+"""InternVL3 (Zhu et al. 2025), in transformers' own format: InternViT, pixel shuffle, norm and two linears, a Qwen2 or
+Qwen3 decoder.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ INTERNVL = tiles_family(
     Tiles(
         "internvl",
         ("internvl_vision",),
-        ("qwen2",),
+        ("qwen2", "qwen3"),
         {
             "image_token_index": 151667,
             "vision_feature_layer": -1,

@@ -42,6 +42,14 @@ _DECODERS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "use_sliding_window": False,
     },
+    "qwen3": {
+        "vocab_size": 151936,
+        "intermediate_size": 22016,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "max_position_embeddings": 32768,
+        "use_sliding_window": False,
+    },
 }
 # Of a LayerNorm that is made without a word about it.
 _TORCH_EPS = 1e-5

@@ -1,0 +1,46 @@
+"""Every family's tiny directory, questions for it and its quantized checkpoint, by the family's name: what tests and
+measurements over all families share. For tests only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import tiny_qwen
+import tiny_source
+import tiny_tiles
+
+from qvlm.checkpoint import Checkpoint
+from qvlm.data import Question
+from qvlm.quantize import quantize
+from qvlm.recipe import RECIPES
+
+FAMILIES = ("llava", *tiny_tiles.PROCESSORS, *tiny_qwen.FAMILIES)
+
+
+def write_source(family: str, directory: Path) -> Path:
+    """A directory as Hugging Face has them: weights, tokenizer, processor, chat template."""
+    if family == "llava":
+        return tiny_source.write_tiny_source(directory)
+    if family in tiny_qwen.FAMILIES:
+        return tiny_qwen.write_tiny_source(directory, family)
+    return tiny_tiles.write_source(family, directory)
+
+
+def questions(family: str) -> list[Question]:
+    """Two questions, with pictures of the sizes that the family's settings are made for."""
+    if family == "llava":
+        return tiny_source.tiny_questions(2)
+    if family in tiny_qwen.FAMILIES:
+        return tiny_qwen.tiny_questions(2)
+    return tiny_tiles.tiny_questions(2)
+
+
+def quantized(family: str, folder: Path) -> Checkpoint:
+    """w4a16 and an INT8 tower, rounded to nearest, with one golden."""
+    source = write_source(family, folder / "source")
+    recipe = replace(RECIPES["w4a16"], samples=2)
+    out = folder / "checkpoint"
+    quantize(str(source), out, recipe, questions=questions(family), goldens=1)
+    return Checkpoint(out)
