@@ -16,7 +16,6 @@ from qvlm_export.wide import Overflow, RangeRow
 HEADROOM = 2.0
 
 
-
 def largest_activations(checkpoint: Checkpoint, count: int | None = None) -> list[RangeRow]:
     """The ``count`` largest recorded activations or all, largest first; empty if none were recorded."""
     rows = [

@@ -451,6 +451,10 @@ class TrtSession:
             self._gpu.synchronize_all()
         return TrtBuffer(self._gpu, array, math.prod(array.shape), array.dtype)
 
+    def in_place(self, output: str, source: str) -> bool:
+        """True where the engine says that it writes the output over the input (10.15 and later)."""
+        return self._aliases.get(output) == source
+
     def binding(self) -> TrtBinding:
         """A fresh binding."""
         return TrtBinding(self)
