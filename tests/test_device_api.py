@@ -43,6 +43,7 @@ SOURCES: dict[str, tuple[list[str], dict[str, str]]] = {
         },
     ),
     "export/qvlm_export/rtx.py": (RTX, {"config": "IBuilderConfig"}),
+    "runtime/qvlm_runtime/trt_library.py": (RELEASES, {}),
     "runtime/qvlm_runtime/trt.py": (
         RELEASES,
         {

@@ -30,7 +30,7 @@ from qvlm_export.targets import Target
 from qvlm_runtime.cuda import device
 from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
-from qvlm_runtime.trt import message_log, tensorrt_module
+from qvlm_runtime.trt_library import message_log, tensorrt_module
 
 BACKEND = "tensorrt"
 
