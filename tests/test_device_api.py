@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_cuda import API
-from fake_tensorrt import RELEASES, names
+from fake_trt_api import RELEASES, names
 
 ROOT = Path(__file__).parent.parent
 TENSORRT = [name for name in RELEASES if not name.startswith("rtx")]

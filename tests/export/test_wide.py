@@ -119,7 +119,7 @@ def test_without_it_float16_gives_infinities(
         build(loud("float"), named_target("rtx"), tmp_path, None, silent)
     monkeypatch.setattr(building, "overflow", lambda *_: Overflow())
     spec = build(loud("float"), named_target("rtx"), tmp_path, None, silent)
-    with pytest.raises(VerificationError, match="inf|nan"):
+    with pytest.raises(VerificationError, match=r"inf|nan"):
         verify_target(tmp_path, spec, loud("float"), silent)
 
 
