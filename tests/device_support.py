@@ -10,10 +10,12 @@ from typing import Any
 
 import fake_cuda
 import fake_tensorrt
+import numpy as np
 import onnx
 import pytest
 from fake_cuda import FakeCuda
 from fake_tensorrt import FakeTensorRT
+from PIL import Image
 from runtime_support import (
     IMAGE_ROWS,
     TEMPLATE,
@@ -30,6 +32,9 @@ from qvlm_runtime.manifest import EngineSpec, Manifest, digest
 
 # One of each generation of the API: JetPack 6, JetPack 7.0, JetPack 7.2, the latest, and RTX's.
 DRIVEN = ("10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106", "rtx-1.7.1.116")
+
+
+_GENERATOR = np.random.default_rng(0)
 
 
 @dataclasses.dataclass
@@ -102,6 +107,12 @@ def toy_engines(
     manifest = Manifest("0.0.1", spec, image_spec(), targets, files, {"method": "float"})
     (folder / "manifest.json").write_text(manifest.to_json(), encoding="utf-8")
     return manifest
+
+
+def pictures(count: int) -> list[Image.Image]:
+    """Noise of different sizes."""
+    shapes = _GENERATOR.integers(4, 30, (count, 2))
+    return [Image.fromarray(_GENERATOR.integers(0, 256, (h, w, 3), np.uint8)) for h, w in shapes]
 
 
 def _fix(model: onnx.ModelProto, sizes: Mapping[str, int]) -> None:

@@ -24,46 +24,21 @@ import onnx
 import onnxruntime
 import pytest
 from fake_cuda import API, FakeCuda
+from fake_trt_api import RELEASES, Named, names
+from fake_trt_builder import (
+    FakeBuilder,
+    FakeConfig,
+    FakeNetwork,
+    FakeParser,
+    FakeParserError,
+    FakeProfile,
+    FakeTimingCache,
+)
 
-RELEASES = list(API["releases"])
 SUBCLASSED = ("ILogger", "IProgressMonitor")
 _NUMPY = {"FLOAT": "float32", "HALF": "float16", "INT64": "int64"}
 _ONNX = {onnx.TensorProto.FLOAT: "FLOAT", onnx.TensorProto.FLOAT16: "HALF",
          onnx.TensorProto.INT64: "INT64"}  # fmt: skip
-
-
-def names(release: str, kind: str) -> set[str]:
-    """Members of a class in a release."""
-    column = RELEASES.index(release)
-    return {n for n, has in API["tensorrt"].get(kind, {}).items() if has[column] == "1"}
-
-
-class Named:
-    """Base of the fakes: public attributes are those of the release's class of the same name."""
-
-    _api: FakeTensorRT
-
-    def _allowed(self, name: str) -> None:
-        kind = type(self).__name__
-        if not name.startswith("_") and name not in names(self._api.release, kind):
-            raise AttributeError(f"TensorRT {self._api.release}: {kind} has no attribute {name}")
-
-    def __getattribute__(self, name: str) -> Any:
-        if not name.startswith("_"):
-            object.__getattribute__(self, "_allowed")(name)
-            value = object.__getattribute__(self, name)
-            if callable(value):
-                self._api.calls.append(f"{type(self).__name__}.{name}")
-            return value
-        return object.__getattribute__(self, name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        self._allowed(name)
-        object.__setattr__(self, name, value)
-
-
-class Plan(bytes):
-    """IHostMemory: bytes with a buffer."""
 
 
 class FakeTensorRT(types.ModuleType):
@@ -115,143 +90,6 @@ def _subclassed(kind: str, members: set[str]) -> Any:
         severity = enum.IntEnum("Severity", {name: i for i, name in enumerate(order)})
         body = {name: severity[name] for name in order if name in members}
     return type(kind, (), body)
-
-
-class _Parser(Named):
-    def __init__(self, network: Any, log: Any) -> None:
-        self._network, self._errors = network, []
-
-    def parse_from_file(self, path: str) -> bool:
-        model = onnx.load(path, load_external_data=False)
-        self._network._path, self._network._model = path, model
-        for node in model.graph.node:
-            if node.op_type == self._api.refuse:
-                error = self._api.ParserError()
-                error._node = node
-                self._errors.append(error)
-        return not self._errors
-
-    @property
-    def num_errors(self) -> int:
-        return len(self._errors)
-
-    def get_error(self, index: int) -> Any:
-        return self._errors[index]
-
-
-class _ParserError(Named):
-    def desc(self) -> str:
-        return f"{self._node.op_type} is not\nsupported"
-
-    def node_name(self) -> str:
-        return str(self._node.name)
-
-
-class _Network(Named):
-    _model: Any = None
-
-    @property
-    def num_layers(self) -> int:
-        return len(self._model.graph.node)
-
-
-class _Profile(Named):
-    def __init__(self) -> None:
-        self._shapes: dict[str, Any] = {}
-
-    def set_shape(self, name: str, least: Any, optimal: Any, most: Any) -> None:
-        self._shapes[name] = [list(least), list(optimal), list(most)]
-
-
-class _TimingCache(Named):
-    def __init__(self, data: bytes) -> None:
-        self._data = data
-
-    def serialize(self) -> Plan:
-        return Plan(f"timed with {self._api.release}".encode())
-
-
-class _Config(Named):
-    def __init__(self) -> None:
-        self._profiles: list[_Profile] = []
-        self._limits: dict[str, int] = {}
-        self._cache: Any = None
-
-    profiling_verbosity: Any = None
-    builder_optimization_level: Any = 3
-    progress_monitor: Any = None
-    num_compute_capabilities: Any = 0
-
-    def set_memory_pool_limit(self, pool: Any, size: int) -> None:
-        self._limits[pool.name] = size
-
-    def create_timing_cache(self, data: bytes) -> Any:
-        return self._api.ITimingCache(data)
-
-    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> bool:
-        own = cache._data in (b"", f"timed with {self._api.release}".encode())
-        if own:
-            self._cache = cache
-        return own
-
-    def get_timing_cache(self) -> Any:
-        return self._cache
-
-    def set_compute_capability(self, capability: Any, index: int) -> bool:
-        self._capability = capability.name
-        return True
-
-    def add_optimization_profile(self, profile: _Profile) -> int:
-        for least, optimal, most in profile._shapes.values():
-            if not all(a <= b <= c for a, b, c in zip(least, optimal, most, strict=True)):
-                return -1
-        self._profiles.append(profile)
-        return len(self._profiles) - 1
-
-
-class _Builder(Named):
-    def __init__(self, log: Any) -> None:
-        self._log = log
-
-    def create_network(self, flags: int) -> Any:
-        assert flags == 1 << int(self._api.NetworkDefinitionCreationFlag.STRONGLY_TYPED)
-        return self._api.INetworkDefinition()
-
-    def create_builder_config(self) -> Any:
-        return self._api.IBuilderConfig()
-
-    def create_optimization_profile(self) -> Any:
-        return self._api.IOptimizationProfile()
-
-    def build_serialized_network(self, network: Any, config: Any) -> Plan | None:
-        if not self._report(config.progress_monitor) or self._api.fails:
-            self._log.log(self._api.ILogger.ERROR, self._api.fails or "cancelled")
-            return None
-        for value in network._model.graph.input:
-            fixed = all(d.HasField("dim_value") for d in value.type.tensor_type.shape.dim)
-            for profile in config._profiles or [None]:
-                assert fixed or (profile and value.name in profile._shapes), value.name
-        self._api.written.append(
-            {"limits": dict(config._limits), "level": config.builder_optimization_level}
-        )
-        plan = {
-            "release": self._api.release,
-            "capability": self._api.gpu.capability,
-            "path": str(network._path),
-            "profiles": [p._shapes for p in config._profiles],
-            "detailed": config.profiling_verbosity == self._api.ProfilingVerbosity.DETAILED,
-        }
-        return Plan(json.dumps(plan).encode())
-
-    @staticmethod
-    def _report(monitor: Any) -> bool:
-        monitor.phase_start("Building", None, 2)
-        monitor.phase_start("Tactics", "Building", 1)
-        going = monitor.step_complete("Tactics", 0)
-        monitor.phase_finish("Tactics")
-        going = monitor.step_complete("Building", 0) and going
-        monitor.phase_finish("Building")
-        return bool(going)
 
 
 class _Runtime(Named):
@@ -481,16 +319,16 @@ class _Inspector(Named):
 
 
 _FAKES: dict[str, type] = {
-    "Builder": _Builder,
+    "Builder": FakeBuilder,
     "EngineInspector": _Inspector,
-    "IBuilderConfig": _Config,
+    "IBuilderConfig": FakeConfig,
     "ICudaEngine": _Engine,
     "IExecutionContext": _Context,
-    "INetworkDefinition": _Network,
-    "IOptimizationProfile": _Profile,
-    "ITimingCache": _TimingCache,
-    "OnnxParser": _Parser,
-    "ParserError": _ParserError,
+    "INetworkDefinition": FakeNetwork,
+    "IOptimizationProfile": FakeProfile,
+    "ITimingCache": FakeTimingCache,
+    "OnnxParser": FakeParser,
+    "ParserError": FakeParserError,
     "Runtime": _Runtime,
 }
 

@@ -160,6 +160,9 @@ class FakeSession:
     def join(self, buffers: Sequence[FakeBuffer]) -> FakeBuffer:
         return self.upload(np.concatenate([buffer.array for buffer in buffers]))
 
+    def in_place(self, output: str, source: str) -> bool:
+        return True
+
     def binding(self) -> FakeBinding:
         return FakeBinding(self)
 

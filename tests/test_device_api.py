@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from fake_cuda import API
-from fake_tensorrt import RELEASES, names
+from fake_trt_api import RELEASES, names
 
 ROOT = Path(__file__).parent.parent
 TENSORRT = [name for name in RELEASES if not name.startswith("rtx")]
@@ -43,6 +43,7 @@ SOURCES: dict[str, tuple[list[str], dict[str, str]]] = {
         },
     ),
     "export/qvlm_export/rtx.py": (RTX, {"config": "IBuilderConfig"}),
+    "runtime/qvlm_runtime/trt_library.py": (RELEASES, {}),
     "runtime/qvlm_runtime/trt.py": (
         RELEASES,
         {

@@ -33,8 +33,8 @@ TABLE: dict[str, tuple[set[str], set[str]]] = {
 }
 # A heavy library is imported in these files only, inside functions.
 ONLY_IN = {
-    "tensorrt": {"runtime/qvlm_runtime/trt.py"},
-    "tensorrt_rtx_bindings": {"runtime/qvlm_runtime/trt.py"},
+    "tensorrt": {"runtime/qvlm_runtime/trt_library.py"},
+    "tensorrt_rtx_bindings": {"runtime/qvlm_runtime/trt_library.py"},
     "cuda": {"runtime/qvlm_runtime/cuda.py"},
     "onnxruntime": {"runtime/qvlm_runtime/ort.py"},
     "llguidance": {"runtime/qvlm_runtime/grammar.py"},

@@ -20,7 +20,7 @@ from qvlm_export.kernels import Kernel, Telling, check, integer_products
 from qvlm_runtime.image_spec import AnyresImage, ImageSpec, Layout, PatchImage
 from qvlm_runtime.manifest import CacheForm, EngineSpec, ModelSpec, TargetSpec
 from qvlm_runtime.positions import AXES
-from qvlm_runtime.trt import message_log
+from qvlm_runtime.trt_library import message_log
 from qvlm_runtime.vision import extremes, input_shapes, layout
 
 # Height and width of a frame that engines with shapes that follow the image are tuned for.

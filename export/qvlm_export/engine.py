@@ -2,7 +2,7 @@
 
 The calls hold for TensorRT 10.3 to 11.4. A plan belongs to the release and the GPU it was built on;
 both stand in the manifest. What the builder timed is kept in ``engines/timing.sm<NN>.cache``, so
-building again is quick; a cache of another release or GPU is set aside by the builder and replaced.
+building again is quick; a cache of another release or GPU, or a damaged one, is set aside and replaced.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from qvlm_export.targets import Target
 from qvlm_runtime.cuda import device
 from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
-from qvlm_runtime.trt import message_log, tensorrt_module
+from qvlm_runtime.trt_library import message_log, tensorrt_module
 
 BACKEND = "tensorrt"
 
@@ -63,8 +63,8 @@ def compile_graph(
 
     def configure(config: Any) -> None:
         kept = timing.read_bytes() if timing.is_file() else b""
-        cache = config.create_timing_cache(kept)
-        if not config.set_timing_cache(cache, False):
+        cache = config.create_timing_cache(kept)  # None for bytes that are no cache
+        if cache is None or not config.set_timing_cache(cache, False):
             config.set_timing_cache(config.create_timing_cache(b""), False)
 
     plan, _, config = compile_network(trt, path, shapes, options, progress, configure)

@@ -129,10 +129,14 @@ class GraphBuilder:
         lazy = ir.LazyTensor(wide, ir.DataType.FLOAT, ir.Shape(tensor.shape.numpy()))
         return self._wide.add(self.constant(f"{value.name}.float32", lazy), row)
 
-    def held(self, value: ir.Value, module: str) -> ir.Value:
-        """The result of ``module``: float32 if float16 does not hold it, else in the graph's type."""
+    def held(self, value: ir.Value, module: str, wide: bool = False) -> ir.Value:
+        """The result of ``module``: float32 if asked for or if float16 does not hold it, else in the
+        graph's type.
+        """
         row = self.overflow.row(module, "output")
-        return self.widen(value, row) if row else self.narrow(value)
+        if value in self._wide:
+            self._wide.add(value, row)
+        return self.widen(value, row) if wide or row else self.narrow(value)
 
     def stream(self, x: ir.Value, layer: str) -> ir.Value:
         """What a layer adds to: float32 from the first layer on that has a module of float32."""

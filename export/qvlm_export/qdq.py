@@ -135,9 +135,7 @@ def _alone(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir
 
 def _held(b: GraphBuilder, one: LinearPlan, product: ir.Value) -> ir.Value:
     """The result as float32 beside modules that float16 does not hold, as float16 elsewhere."""
-    if not b.overflow.beside(one.name):
-        return b.narrow(product)
-    return b.widen(product, b.overflow.row(one.name, "output"))
+    return b.held(product, one.name, wide=b.overflow.beside(one.name))
 
 
 def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:

@@ -25,7 +25,7 @@ from qvlm_export.builder import (
 from qvlm_export.kernels import Kernel, parse_kernels
 from qvlm_runtime.image_spec import ImageSpec
 from qvlm_runtime.manifest import ModelSpec, TargetSpec
-from qvlm_runtime.trt import tensorrt_module
+from qvlm_runtime.trt_library import tensorrt_module
 
 BACKEND = "tensorrt-rtx"
 COMPUTE_CAPABILITIES = (86, 89)

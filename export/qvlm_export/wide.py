@@ -73,8 +73,6 @@ _TYPED: dict[str, tuple[int, ...] | None] = {
     "Where": (1, 2),
     "Concat": None,
 }
-# What a row says of an operand says nothing of these operators' results.
-_NORMALISING = ("Div", "LayerNormalization", "RMSNormalization")
 
 
 class WideValues:
@@ -101,8 +99,10 @@ class WideValues:
         return tuple(range(len(list(inputs)))) if places is None else places
 
     def row(self, op_type: str, values: Iterable[ir.Value | None]) -> RangeRow | None:
-        """What the result of an operator with these inputs holds: the first row of one of them."""
-        if op_type in _NORMALISING:
+        """What the result of an operator with these inputs holds: the first row of one of them. A
+        quotient holds none: it is divided because it is too large.
+        """
+        if op_type == "Div":
             return None
         return next((row for v in values if v is not None and (row := self._rows.get(v))), None)
 

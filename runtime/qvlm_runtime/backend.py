@@ -113,6 +113,11 @@ class Session(Protocol):
     def borrow(self, array: DeviceArray) -> Buffer:
         """A buffer over memory of another library. SessionError if it is not this engine's kind."""
 
+    def in_place(self, output: str, source: str) -> bool:
+        """Whether ``output`` may be placed where input ``source`` is; where not, binding both to one
+        buffer makes the engine keep a second one as large.
+        """
+
     def binding(self) -> Binding:
         """A fresh binding, for one thread."""
 

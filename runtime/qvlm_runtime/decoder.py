@@ -78,8 +78,15 @@ class Decoder:
         return self.session.inputs["past_key_0"].shape[2] if scatter else None
 
     def cache_bytes(self, capacity: int) -> int:
-        """Bytes that the cache of a sequence with room for ``capacity`` rows takes."""
-        return cache_bytes(self.model, self.target, self._fixed_rows or capacity)
+        """Bytes that the cache of a sequence with room for ``capacity`` rows takes, with the second
+        buffers of an engine that does not write in place.
+        """
+        nbytes = cache_bytes(self.model, self.target, self._fixed_rows or capacity)
+        if self.target.cache == "append":
+            return nbytes
+        pairs = list(zip(*cache_tensors(self.model, self.target), strict=False))
+        twins = sum(not self.session.in_place(present, past) for past, present in pairs)
+        return nbytes + nbytes * twins // len(pairs)
 
     def start(self, capacity: int, features: Features | Array | None = None) -> DecoderState:
         """Begin a sequence with room for ``capacity`` rows.

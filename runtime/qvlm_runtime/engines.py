@@ -17,7 +17,7 @@ from qvlm_runtime.backend import BACKENDS, GRAPH_BACKENDS, PLAN_BACKENDS
 from qvlm_runtime.cuda import device
 from qvlm_runtime.errors import FolderError, SessionError
 from qvlm_runtime.manifest import EngineSpec, Manifest, TargetSpec
-from qvlm_runtime.trt import tensorrt_module
+from qvlm_runtime.trt_library import tensorrt_module
 
 GRAPHS = ("vision", "decoder")
 

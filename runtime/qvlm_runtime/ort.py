@@ -262,6 +262,12 @@ class OrtSession:
             gpu.synchronize_all()
         return OrtCudaBuffer(array, array.address, math.prod(array.shape), array.dtype)
 
+    def in_place(self, output: str, source: str) -> bool:
+        """True: TensorScatter is told to write over its input, and every other output has its own
+        place.
+        """
+        return True
+
     def binding(self) -> Binding:
         """A fresh IOBinding."""
         return OrtBinding(self)

@@ -1,4 +1,4 @@
-"""Plans on TensorRT and on TensorRT for RTX; the only file of the runtime that imports them.
+"""Plans on TensorRT and on TensorRT for RTX: opening them, their profiles, and one run.
 
 The calls used exist in TensorRT 10.3 to 11.4 and in TensorRT for RTX 1.7 (a test holds the table).
 
@@ -25,10 +25,11 @@ from typing import Any
 import numpy as np
 
 from qvlm_runtime.backend import Array, Buffer, DeviceArray, TensorInfo, host_dtype
-from qvlm_runtime.cuda import ALIGNMENT, Device, Memory, Repeated, device
+from qvlm_runtime.cuda import ALIGNMENT, Memory, Repeated, device
 from qvlm_runtime.errors import SessionError
+from qvlm_runtime.trt_binding import Place, Shape, TrtBinding, TrtBuffer
+from qvlm_runtime.trt_library import NAMES, message_log, tensorrt_module
 
-_MODULES = {"tensorrt": "TensorRT", "tensorrt-rtx": "TensorRT for RTX"}
 _DTYPES = {
     "FLOAT": "float32",
     "HALF": "float16",
@@ -39,149 +40,6 @@ _DTYPES = {
     "UINT8": "uint8",
     "BOOL": "bool",
 }
-Shape = tuple[int, ...]
-
-
-def tensorrt_module(backend: str, where: str) -> Any:
-    """The Python module of backend "tensorrt" or "tensorrt-rtx"; SessionError if not installed."""
-    try:
-        if backend == "tensorrt":
-            import tensorrt
-
-            return tensorrt
-        import tensorrt_rtx_bindings
-
-        return tensorrt_rtx_bindings
-    except ImportError as error:
-        hint = (
-            "pip install 'qvlm[rtx]'"
-            if backend == "tensorrt-rtx"
-            else "It comes with JetPack (use a virtual environment with --system-site-packages); "
-            "elsewhere pip install tensorrt"
-        )
-        raise SessionError(
-            f"{where}: {_MODULES[backend]} is not installed ({error}). {hint}"
-        ) from error
-
-
-def message_log(trt: Any, detail: str = "WARNING") -> Any:
-    """A logger that keeps the messages of severity ``detail`` and worse."""
-
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """TensorRT says why something failed in its log only."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.messages: list[tuple[Any, str]] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if int(severity) <= int(getattr(trt.ILogger, detail)):
-                self.messages.append((severity, message))
-
-        def errors(self) -> str:
-            """The error messages in one line."""
-            bad = (trt.ILogger.ERROR, trt.ILogger.INTERNAL_ERROR)
-            return "; ".join(" ".join(m.split()) for s, m in self.messages if s in bad)
-
-    return Log()
-
-
-class TrtBuffer:
-    """Device memory of one dtype, with the second half of a double buffer once one is needed."""
-
-    def __init__(self, gpu: Device, memory: Memory | DeviceArray, elements: int, dtype: str):
-        self._gpu = gpu
-        self._memory = memory
-        self._twin: Memory | None = None
-        self.elements = elements
-        self.dtype = host_dtype(dtype)
-        self.itemsize = self.dtype.itemsize
-        self.nbytes = elements * self.itemsize
-
-    @property
-    def address(self) -> int:
-        """Where element 0 is now."""
-        return self._memory.address
-
-    @property
-    def borrowed(self) -> bool:
-        """Whether another library owns the memory, and may reuse it as soon as it is let go."""
-        return isinstance(self._memory, DeviceArray)
-
-    def read(self, start: int, shape: Sequence[int]) -> Array:
-        """Copy of the piece that begins at element ``start``."""
-        return self._gpu.read(self.address + start * self.itemsize, tuple(shape), self.dtype)
-
-    def twin_address(self) -> int:
-        """Where a graph that cannot write in place puts the next contents."""
-        if self._twin is None:
-            self._twin = self._gpu.allocate(self.nbytes, "the second buffer of the cache")
-        return self._twin.address
-
-    def exchange(self) -> None:
-        """The twin holds the contents now."""
-        assert self._twin is not None and isinstance(self._memory, Memory)
-        self._memory, self._twin = self._twin, self._memory
-
-
-@dataclass
-class _Place:
-    """A piece of a buffer; its address follows the buffer's."""
-
-    buffer: TrtBuffer
-    start: int
-    shape: Shape
-
-    @property
-    def address(self) -> int:
-        return self.buffer.address + self.start * self.buffer.itemsize
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.buffer.itemsize
-
-
-class TrtBinding:
-    """Tensors of one stream of runs: host arrays with a device copy, and pieces of buffers."""
-
-    def __init__(self, session: TrtSession) -> None:
-        self._session = session
-        self.hosts: dict[str, Array] = {}
-        self.places: dict[str, _Place] = {}
-        self._staging: dict[str, Memory] = {}
-
-    def host(self, name: str, array: Array) -> None:
-        """Bind an input to a contiguous host array, copied to the device at every run."""
-        self.places.pop(name, None)
-        self.hosts[name] = array
-
-    def fetch(self, name: str, array: Array) -> None:
-        """Bind an output to a contiguous host array, filled by every run."""
-        self.host(name, array)
-
-    def place(self, name: str, buffer: Buffer, start: int, shape: Sequence[int]) -> None:
-        """Bind an input or output to a piece of a buffer of this backend."""
-        assert isinstance(buffer, TrtBuffer), "a buffer belongs to the backend that made it"
-        assert start + math.prod(shape) <= buffer.elements, "the piece leaves its buffer"
-        self.hosts.pop(name, None)
-        self.places[name] = _Place(buffer, start, tuple(shape))
-
-    def run(self) -> None:
-        """Run the engine once."""
-        self._session.execute(self)
-
-    def shape(self, name: str) -> Shape | None:
-        """Shape of what is bound to ``name``."""
-        if name in self.places:
-            return self.places[name].shape
-        return self.hosts[name].shape if name in self.hosts else None
-
-    def staging(self, gpu: Device, name: str, nbytes: int) -> int:
-        """Address of this binding's own device memory for ``name``; it grows, and is kept."""
-        memory = self._staging.get(name)
-        if memory is None or memory.nbytes < nbytes:
-            memory = self._staging[name] = gpu.allocate(nbytes, f"the copy of {name}")
-        return memory.address
 
 
 @dataclass
@@ -200,7 +58,7 @@ class TrtSession:
     def __init__(self, path: Path, backend: str) -> None:
         self._path = path
         self._trt = trt = tensorrt_module(backend, str(path))
-        self._name = f"{_MODULES[backend]} {trt.__version__}"
+        self._name = f"{NAMES[backend]} {trt.__version__}"
         self._gpu = device()
         self._log = message_log(trt)
         self._contexts: dict[int, _Context] = {}
@@ -381,11 +239,11 @@ class TrtSession:
                 context.addresses[name] = address
         return exchanged
 
-    def _into_scratch(self, context: _Context, place: _Place, name: str) -> None:
+    def _into_scratch(self, context: _Context, place: Place, name: str) -> None:
         if place.nbytes and context.addresses[name] != place.address:
             self._gpu.copy(context.addresses[name], place.address, place.nbytes)
 
-    def _out_of_scratch(self, context: _Context, place: _Place, name: str) -> None:
+    def _out_of_scratch(self, context: _Context, place: Place, name: str) -> None:
         if place.nbytes and context.addresses[name] != place.address:
             self._gpu.copy(place.address, context.addresses[name], place.nbytes)
 
@@ -404,7 +262,7 @@ class TrtSession:
 
     def run(self, feed: Mapping[str, Array]) -> dict[str, Array]:
         """Run once on host arrays and return every output."""
-        binding = TrtBinding(self)
+        binding = TrtBinding(self.execute)
         for name, array in feed.items():
             binding.host(name, np.ascontiguousarray(array))
         with self._gpu:
@@ -451,9 +309,13 @@ class TrtSession:
             self._gpu.synchronize_all()
         return TrtBuffer(self._gpu, array, math.prod(array.shape), array.dtype)
 
+    def in_place(self, output: str, source: str) -> bool:
+        """True where the engine says that it writes the output over the input (10.15 and later)."""
+        return self._aliases.get(output) == source
+
     def binding(self) -> TrtBinding:
         """A fresh binding."""
-        return TrtBinding(self)
+        return TrtBinding(self.execute)
 
     def close(self) -> None:
         """Release contexts, engine and activations."""

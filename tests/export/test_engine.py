@@ -104,6 +104,18 @@ def test_options_and_the_timing_cache_reach_the_builder(
     assert len(json.loads((out / "report.json").read_text())["targets"]["jetpack6"]["engines"]) == 2
 
 
+def test_a_damaged_timing_cache_is_begun_again(
+    monkeypatch: pytest.MonkeyPatch, folder: Callable[..., Path]
+) -> None:
+    machine(monkeypatch, "10.3.0")
+    out = folder()
+    cache = out / "jetpack6/engines/timing.sm87.cache"
+    cache.parent.mkdir()
+    cache.write_bytes(b"half of a ca")
+    assert len(add_engines(out, silent)) == 2
+    assert cache.read_bytes() == b"timed with 10.3.0"
+
+
 def refusal(out: Path, **options: Any) -> str:
     before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
     with pytest.raises(ExportError) as caught:

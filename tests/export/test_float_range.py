@@ -15,7 +15,7 @@ import pytest
 from qvlm.checkpoint import MAGNITUDES, Checkpoint
 from qvlm.errors import ExportError
 from qvlm.recipe import RECIPES
-from qvlm_export.float_range import HEADROOM, largest_activations
+from qvlm_export.float_range import HEADROOM, largest_activations, overflow
 from qvlm_export.pipeline import Request, export
 from qvlm_export.targets import Variant, named_target
 from qvlm_export.weights import FLOAT16_MAX
@@ -36,16 +36,16 @@ def large(tiny_checkpoint: Path, tmp_path: Path) -> Path:
 
 def test_a_float16_export_is_refused_by_name(large: Path, tmp_path: Path) -> None:
     request = Request(str(large), RECIPES["w4a16"], ("jetpack6",))
-    expected = rf"target jetpack6: {LAYER} output reaches 40000 .* up to 32752 .*--dtype bfloat16\."
+    expected = rf"target jetpack6: {LAYER} output reaches 40000 .* up to 32752 .*--overflow float32.*--dtype bfloat16\."
     with pytest.raises(ExportError, match=expected):
         export(request, tmp_path / "out")
     with pytest.raises(ExportError, match="target ort, which computes in float32"):
-        check_range(Checkpoint(large), named_target("ort-cuda"))
+        overflow(Checkpoint(large), named_target("ort-cuda"))
 
 
 def test_the_wide_types_are_not(large: Path) -> None:
-    check_range(Checkpoint(large), named_target("jetpack6", Variant(dtype="bfloat16")))
-    check_range(Checkpoint(large), named_target("ort"))
+    overflow(Checkpoint(large), named_target("jetpack6", Variant(dtype="bfloat16")))
+    overflow(Checkpoint(large), named_target("ort"))
 
 
 def test_the_limit_is_half_of_float16(large: Path) -> None:
@@ -53,7 +53,7 @@ def test_the_limit_is_half_of_float16(large: Path) -> None:
     recorded = json.loads(path.read_text())
     recorded[LAYER]["output"] = FLOAT16_MAX / HEADROOM
     path.write_text(json.dumps(recorded))
-    check_range(Checkpoint(large), named_target("rtx"))
+    overflow(Checkpoint(large), named_target("rtx"))
     first, second = largest_activations(Checkpoint(large), 2)
     assert (first.module, first.side, first.largest) == (LAYER, "output", first.limit)
     assert second.largest < first.largest

@@ -17,10 +17,13 @@ import onnx
 import onnx_ir as ir
 import pytest
 from onnx import TensorProto
+from tiny_source import tiny_questions, write_tiny_source
 
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError, VerificationError
 from qvlm.progress import silent
+from qvlm.quantize import quantize
+from qvlm.recipe import RECIPES, Recipe
 from qvlm_export.bounds import epsilon, relative_error
 from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.cli import main
@@ -145,6 +148,38 @@ def test_weights_in_pieces_compute_the_same(
     bound = 4 * epsilon(graph_facts(path), "float32")
     assert relative_error(runs[1], runs[0]).rms <= bound
     assert all(row.passed for row in verify_target(tmp_path, pieces, checkpoint, silent))
+
+
+@pytest.fixture(scope="module")
+def small_embedding(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    """INT4 head, INT8 token table."""
+    data = RECIPES["w4a16"].to_json()
+    rules = [("head.*", "w4a16-g64"), ("embedding.*embed_tokens", "w8a16")]
+    data["rules"] = [{"pattern": p, "format": f} for p, f in rules] + data["rules"]
+    folder = tmp_path_factory.mktemp("embedding")
+    write_tiny_source(folder / "source", text_vocab_size=512)
+    recipe = replace(Recipe.from_json(data), method="rtn")
+    out = folder / "checkpoint"
+    return Checkpoint(
+        quantize(str(folder / "source"), out, recipe, questions=tiny_questions(2), goldens=1)
+    )
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_a_split_head_and_an_int8_table_keep_every_targets_rules(
+    small_embedding: Checkpoint, tmp_path: Path, name: str
+) -> None:
+    """And only the last position leaves the decoder."""
+    limit = 384 * 512 // 4  # half of the head's INT4 bytes
+    target = named_target(name, Variant(max_constant=limit))
+    spec = build(small_embedding, target, tmp_path, None, silent)
+    assert [finding.line() for finding in check(tmp_path, target)] == []
+    graph = onnx.load(str(tmp_path / spec.graphs["decoder"]), load_external_data=False).graph
+    stored = {tensor.name: tensor for tensor in graph.initializer}
+    assert {f"lm_head.weight.{first}" for first in (0, 192)} <= set(stored)
+    assert stored["model.language_model.embed_tokens.weight"].data_type == TensorProto.INT8
+    (logits,) = (value for value in graph.output if value.name == "logits")
+    assert [d.dim_value for d in logits.type.tensor_type.shape.dim] == [1, 1, 512]
 
 
 @pytest.mark.parametrize(

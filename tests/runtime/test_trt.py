@@ -7,8 +7,6 @@ Run: python -m pytest tests/runtime/test_trt.py   (the test marked gpu needs a G
 
 from __future__ import annotations
 
-import ctypes
-import dataclasses
 import gc
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -19,23 +17,18 @@ import ml_dtypes
 import numpy as np
 import onnx
 import pytest
-from device_support import DRIVEN, Machine, machine, toy_engines
+from device_support import DRIVEN, Machine, machine, pictures, toy_engines
 from fake_cuda import CUDA_RELEASES
-from PIL import Image
 from runtime_support import PLAN_FORMS, SCATTERS, image_spec, model_spec, target_spec, toy_decoder
 
 from qvlm_runtime import (
-    FeatureCache,
     FolderError,
-    ImageError,
     SessionError,
     cuda,
-    device_array,
     load,
 )
 from qvlm_runtime.backend import EXACT, as_float32, as_host, host_dtype, open_session
 from qvlm_runtime.decoder import Decoder
-from qvlm_runtime.image_spec import CanvasImage
 from qvlm_runtime.manifest import read_manifest
 from qvlm_runtime.trt import TrtSession
 
@@ -45,11 +38,6 @@ INDEX = [-1, 2, 0, 1, -1, -1, 3] + [-1] * 23
 FEATURES = GENERATOR.standard_normal((4, 12)).astype(np.float32)
 # A row of 256 bytes, so that new rows lie where TensorRT takes them as they are.
 ALIGNED = {"kv_heads": 2, "head_dim": 32}
-
-
-def pictures(count: int) -> list[Image.Image]:
-    shapes = GENERATOR.integers(4, 30, (count, 2))
-    return [Image.fromarray(GENERATOR.integers(0, 256, (h, w, 3), np.uint8)) for h, w in shapes]
 
 
 def open_decoder(folder: Path, backend: str, name: str) -> Decoder:
@@ -188,6 +176,25 @@ def test_another_sequence_or_shape_drops_the_graph(
         expected, got = (states[name][which].step(token_ids) for name in both)
         np.testing.assert_array_equal(got, expected)
     assert device.gpu.captures == 3
+
+
+@pytest.mark.skipif(not SCATTERS, reason="ONNX Runtime without opset 24")
+@pytest.mark.parametrize(("release", "times"), [("10.13.3.9", 2), ("10.16.1.11", 1)])
+def test_a_cache_that_is_not_written_in_place_takes_two_buffers_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, release: str, times: int
+) -> None:
+    device = machine(monkeypatch, release)
+    spec = toy_engines(tmp_path, device, "scatter", **ALIGNED).model
+    decoder = open_decoder(tmp_path, "tensorrt", "tensorrt")
+    one = 2 * spec.layers * spec.kv_heads * spec.head_dim * spec.max_context * 4
+    assert decoder.cache_bytes(31) == times * one
+    state = decoder.start(31)
+    state.step(IDS[:7])
+    state.step([9])
+    cache: Any = state._cache
+    buffers = [buffer for pair in cache.layers for buffer in pair]
+    held = sum(b.nbytes + (b._twin.nbytes if b._twin else 0) for b in buffers)
+    assert held == decoder.cache_bytes(31)
 
 
 def test_in_the_append_form_no_step_repeats_and_none_is_captured(
@@ -383,128 +390,6 @@ def test_run_on_host_arrays_equals_onnx_runtime(
     np.testing.assert_array_equal(
         got.run(feed)["image_features"], expected.run(feed)["image_features"]
     )
-
-
-class OnDevice:
-    """Another library's CUDA array."""
-
-    def __init__(self, gpu: Any, array: np.ndarray, strides: tuple[int, ...] | None = None) -> None:
-        _, self.address = gpu.cudaMalloc(array.nbytes)
-        ctypes.memmove(self.address, array.ctypes.data, array.nbytes)
-        self.__cuda_array_interface__ = {
-            "shape": array.shape,
-            "typestr": array.dtype.str,
-            "data": (self.address, False),
-            "strides": strides,
-            "version": 3,
-        }
-
-
-class Recording:
-    """As PyTorch answers of a tensor that records gradients."""
-
-    @property
-    def __cuda_array_interface__(self) -> Any:
-        raise RuntimeError("Can't get the interface on Variable that requires grad")
-
-
-class Managed(ctypes.Structure):
-    """DLPack's DLManagedTensor as far as a consumer reads it; the deleter is none."""
-
-    _fields_ = (("tensor", device_array._Tensor), ("context", ctypes.c_void_p),
-                ("deleter", ctypes.c_void_p))  # fmt: skip
-
-
-class ByDlpack:
-    """The same through DLPack."""
-
-    def __init__(self, array: OnDevice, code: int = 2) -> None:
-        shape = array.__cuda_array_interface__["shape"]
-        self._shape = (ctypes.c_int64 * len(shape))(*shape)
-        tensor = device_array._Tensor(
-            array.address, 2, 0, len(shape), code, 32, 1, self._shape, None, 0
-        )
-        self._managed = Managed(tensor)
-
-    def __dlpack_device__(self) -> tuple[int, int]:
-        return 2, 0
-
-    def __dlpack__(self, stream: int) -> Any:
-        make = ctypes.pythonapi.PyCapsule_New
-        make.restype = ctypes.py_object
-        make.argtypes = (ctypes.c_void_p, ctypes.c_char_p, ctypes.c_void_p)
-        return make(ctypes.addressof(self._managed), b"dltensor", None)
-
-
-@pytest.mark.parametrize("protocol", [lambda array: array, ByDlpack])
-def test_an_image_in_cuda_memory_is_read_where_it_is(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, protocol: Any
-) -> None:
-    device = machine(monkeypatch, "10.3.0")
-    toy_engines(tmp_path, device)
-    with load(tmp_path, feature_cache=FeatureCache(0)) as model:
-        (image, other) = pictures(2)
-        (picture,) = model.pictures([image])
-        there = protocol(OnDevice(device.gpu, picture.inputs["pixel_values"][0]))
-        expected = model.generate("What?", [image, other], max_new_tokens=12)
-        sent = device.gpu.copied["HostToDevice"]
-        got = model.generate("What?", [there, other], max_new_tokens=12)
-        assert got.token_ids == expected.token_ids
-        again = device.gpu.copied["HostToDevice"] - sent
-        model.generate("What?", [image, other], max_new_tokens=12)
-        whole = device.gpu.copied["HostToDevice"] - sent - again
-        assert whole - again == 3 * 6 * 6 * 4  # one image's pixels were not sent
-        spec = image_spec()
-        tiles = CanvasImage(spec.pixels, spec.rows, (6, 6), 1, 4)
-        model.manifest = dataclasses.replace(model.manifest, image=tiles)
-        with pytest.raises(ImageError, match="image 1: an array in CUDA memory, expected an image"):
-            model.generate("What?", [there])
-
-
-def test_features_are_kept_on_the_device_but_those_of_a_cuda_array_are_not(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    """A camera may fill the same array again; within a conversation it is one picture."""
-    device = machine(monkeypatch, "10.3.0")
-    toy_engines(tmp_path, device)
-    with load(tmp_path) as model:
-        image = pictures(1)
-        (picture,) = model.pictures(image)
-        there = OnDevice(device.gpu, picture.inputs["pixel_values"][0])
-        first, again = (model.generate("What?", image, max_new_tokens=12) for _ in range(2))
-        assert (first.timings.cached_images, again.timings.cached_images) == (0, 1)
-        for _ in range(2):
-            lent = model.generate("What?", [there], max_new_tokens=12)
-            assert lent.token_ids == again.token_ids == first.token_ids
-            assert lent.timings.cached_images == 0
-        assert len(model.feature_cache) == 1
-        with model.conversation() as talk:
-            talk.ask("What?", [there], max_new_tokens=4)
-            second = talk.ask("And?", max_new_tokens=4)
-            assert second.timings.cached_images == 1 and second.timings.cached_tokens > 3
-
-
-def test_an_image_in_cuda_memory_that_is_not_pixel_values_is_refused(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    device = machine(monkeypatch, "10.3.0")
-    toy_engines(tmp_path, device)
-    frame = np.zeros((3, 6, 6), np.float32)
-    with load(tmp_path) as model:
-        for image, match in (
-            (OnDevice(device.gpu, frame[:, :4]), r"float32 \[3, 4, 6\] in CUDA memory, expected"),
-            (OnDevice(device.gpu, frame.astype(np.uint8)), "uint8 .* expected preprocessed"),
-            (OnDevice(device.gpu, frame, (4, 4, 4)), "dense C-ordered"),
-            (ByDlpack(OnDevice(device.gpu, frame), code=0), "DLPack type code 0"),
-        ):
-            with pytest.raises(ImageError, match=match):
-                model.generate("What?", [image])
-        with pytest.raises(ImageError, match=r"image 1: .* requires grad\. Detach it first"):
-            model.generate("What?", [Recording()])
-    good = OnDevice(device.gpu, frame)
-    told = pytest.raises(ImageError, match=r"image 1: the array is on a device \(CUDA\)")
-    with load(tmp_path, backend="ort", threads=1) as model, told:
-        model.generate("What?", [good])
 
 
 def test_bfloat16_goes_in_and_out_as_bits_rounded_to_nearest_even() -> None:

@@ -47,6 +47,7 @@ class Samples:
 
     name: str
     target: str
+    backend: str
     max_rows: int
     loads: list[Load]
     memory: dict[int, tuple[int, int]]  # context -> resident bytes, the most so far
@@ -134,13 +135,17 @@ class Session:
         for context in contexts:
             self.say(f"{subject.name}: filling the cache to {context} tokens")
             memory[context] = subject.fill(context)
-        return Samples(subject.name, subject.target(), rows, loads, memory)
+        opened = subject.target(), subject.backend()
+        return Samples(subject.name, *opened, rows, loads, memory)
 
     def _rounds(self, subjects: Sequence[Subject], samples: Sequence[Samples]) -> list[Round]:
         plan, rounds = self.plan, list[Round]()
         for _ in range(plan.warmup):
             self.say("warm-up")
-            spare = [Samples(one.name, one.target, one.max_rows, [], one.memory) for one in samples]
+            spare = [
+                Samples(one.name, one.target, one.backend, one.max_rows, [], one.memory)
+                for one in samples
+            ]
             self._round(list(zip(subjects, spare, strict=True)))
         before = self.snapshot()
         while len(rounds) < plan.max_rounds:

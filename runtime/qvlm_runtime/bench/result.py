@@ -8,7 +8,7 @@
     power        {"sources": [{"source", "rails", "total"}], "not_available": {sensor: reason}}
     limits       {threads: {"read": bytes/s, "product": float32 operations/s}}, empty with --no-floors
     subjects     one for each folder and number of threads:
-      name, target, threads (0: the engine's choice), max_rows
+      name, target, backend, threads (0: the engine's choice), max_rows
       load       seconds (files in the page cache, imports included), verify_seconds (hashing them):
                  FIGURE; before_bytes, resident_bytes, peak_bytes
       cases      prompt_tokens, images, output_tokens as asked; total_prompt_tokens as it came out;
@@ -76,6 +76,7 @@ def subject(
     return {
         "name": samples.name,
         "target": samples.target,
+        "backend": samples.backend,
         "threads": threads,
         "max_rows": samples.max_rows,
         "load": {

@@ -71,6 +71,9 @@ class Subject(Protocol):
     def target(self) -> str:
         """The target whose graphs were opened."""
 
+    def backend(self) -> str:
+        """The engine that runs them."""
+
     def max_rows(self) -> int:
         """Cache rows of a sequence."""
 
@@ -148,6 +151,10 @@ class FolderSubject:
     def target(self) -> str:
         """The target whose graphs were opened."""
         return self.model.target
+
+    def backend(self) -> str:
+        """The engine that runs them."""
+        return self.model.backend
 
     def max_rows(self) -> int:
         """Cache rows of a sequence."""

@@ -27,6 +27,7 @@ _CALLS = (
     *(
         "load",
         "target",
+        "backend",
         "max_rows",
         "fill",
         "decode",
@@ -88,6 +89,10 @@ class WorkerSubject:
     def target(self) -> str:
         """The target whose graphs were opened."""
         return str(self._call("target"))
+
+    def backend(self) -> str:
+        """The engine that runs them."""
+        return str(self._call("backend"))
 
     def max_rows(self) -> int:
         """Cache rows of a sequence."""

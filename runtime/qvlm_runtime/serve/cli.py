@@ -13,7 +13,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from qvlm_runtime.backend import EXACT, FAST
+from qvlm_runtime.backend import BACKENDS, EXACT, FAST
 from qvlm_runtime.errors import RuntimeFault, ServeError, SessionError
 from qvlm_runtime.features import DEFAULT_BYTES, FeatureCache
 from qvlm_runtime.model import load
@@ -45,7 +45,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--token-file", type=Path, metavar="FILE", help="first line: the bearer token to ask for")
     add("--name", help="the model's name for clients (default: the folder's)")
     add("--image-root", type=Path, metavar="DIR", help="allow image files below this folder")
-    add("--target", help="which target's graphs (default: ort, or the only one)")
+    add("--target", help="default: one with engines for this GPU, ort, or the only one")
+    add("--backend", choices=BACKENDS, help="default: engines built for this GPU, else ort")
     add("--threads", type=int, metavar="N", help="default: the engine's choice")
     add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
     add("--no-verify", action="store_true", help="do not compare the files' sha256")
@@ -116,6 +117,7 @@ def _serve(args: argparse.Namespace) -> None:
     with load(
         args.folder,
         args.target,
+        backend=args.backend,
         threads=args.threads,
         accuracy_level=EXACT if args.exact else FAST,
         verify=not args.no_verify,

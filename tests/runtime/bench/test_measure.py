@@ -47,6 +47,9 @@ class FakeSubject:
         self._note("load")
         return Load(1.0, 0.5, 10, 100, 120)
 
+    def backend(self) -> str:
+        return "ort"
+
     def target(self) -> str:
         return "ort"
 
