@@ -5,10 +5,12 @@ the toy engine (which is too fast to be interrupted otherwise), and pictures as 
 from __future__ import annotations
 
 import base64
+import gc
 import http.client
 import io
 import json
 import socket
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.ort import OrtBinding
 from qvlm_runtime.serve.app import App
 
@@ -133,3 +136,25 @@ class Brake:
     def __exit__(self, *_: object) -> None:
         OrtBinding.run = self._original  # type: ignore[method-assign]
         self.off()
+
+
+def raw(port: int, body: Any, **fields: str) -> socket.socket:
+    """A connection on which a whole request was sent and nothing read."""
+    data = json.dumps(body).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{port}\r\n"
+    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
+    connection = socket.create_connection(("127.0.0.1", port), timeout=WAIT)
+    connection.sendall(head.encode() + data)
+    return connection
+
+
+def caches() -> int:
+    """Decoder states that are alive in this process."""
+    # type(), as isinstance asks other libraries' lazy objects for their class, which may warn.
+    return sum(type(thing) is DecoderState for thing in gc.get_objects())
+
+
+def kill(connection: socket.socket) -> None:
+    """Reset the connection, as the end of a killed process may do."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    connection.close()

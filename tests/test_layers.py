@@ -39,6 +39,7 @@ ONLY_IN = {
     "onnxruntime": {"runtime/qvlm_runtime/ort.py"},
     "llguidance": {"runtime/qvlm_runtime/grammar.py"},
     "uvicorn": {"runtime/qvlm_runtime/serve/cli.py"},
+    "yaml": {"runtime/qvlm_runtime/bench/plan.py"},
 }
 # The one bridge from the exporter to the quantizer (DESIGN: SRC may be a float checkpoint).
 BRIDGES = {

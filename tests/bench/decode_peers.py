@@ -13,7 +13,9 @@ Printed: tokens per second (median and the interval of figure.py), load time, me
 (the model's file without the embedding table) against the read bandwidth measured here, and our speed over theirs.
 Random weights: this says nothing about accuracy.
 
-Run: python tests/bench/decode_peers.py --work DIR [--layers 22] [--threads 2] [--rounds 9]
+Run: python tests/bench/decode_peers.py --work DIR [--layers 22] [--threads 2] [--rounds 9] [--json FILE]
+FILE is written after each round, and a FILE with the same settings is continued: on a machine that is quiet for a
+minute at a time, start it again until all rounds are there. Loading is timed at every start.
 Needs network for the first run (PyPI; llama-cpp-python is compiled: cmake and a C++ compiler, 10 to 40 minutes), 12 GB
 of disk in DIR and 10 GB of memory for genai's builder. DIR keeps environments and models for the next run.
 """
@@ -28,6 +30,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -197,6 +200,7 @@ class Runner:
             env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"} | variables,
         )
         self.rounds: list[dict[str, Any]] = []
+        self.loads: list[dict[str, Any]] = []
 
     def call(self, name: str, **arguments: Any) -> Any:
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -213,15 +217,27 @@ class Runner:
         self._process.wait()
 
 
-def measure(runners: list[Runner], shape: Shape, prompt: int, steps: int, rounds: int) -> None:
-    """One warm-up and ``rounds`` rounds, the runners in turn."""
+def measure(
+    runners: list[Runner],
+    shape: Shape,
+    prompt: int,
+    steps: int,
+    rounds: int,
+    done: Callable[[], None] = lambda: None,
+) -> None:
+    """A warm-up, and rounds with the runners in turn until each has ``rounds``; ``done`` after each."""
     ids = np.random.default_rng(1).integers(300, shape.vocab, prompt).tolist()
-    for i in range(-1, rounds):
+    for runner in runners:
+        runner.call("round", prompt=ids, steps=2)
+    for i in range(len(runners[0].rounds), rounds):
         turn = i % len(runners)
-        for runner in runners[turn:] + runners[:turn]:
-            result = runner.call("round", prompt=ids, steps=steps)
-            if i >= 0:
-                runner.rounds.append(result)
+        results = {
+            r.name: r.call("round", prompt=ids, steps=steps)
+            for r in runners[turn:] + runners[:turn]
+        }
+        for runner in runners:
+            runner.rounds.append(results[runner.name])
+        done()
         print(f"round {i + 1} of {rounds}", flush=True)
 
 
@@ -235,6 +251,7 @@ def row(
     memory = runner.call("memory")
     return {
         "name": runner.name,
+        "load_seconds": float(np.median([load["seconds"] for load in runner.loads])),
         "decode_seconds": asdict(figure(steps)),
         "decode_tokens_per_second": 1 / figure(steps).median,
         "prefill_seconds": asdict(figure(prefills)),
@@ -249,6 +266,52 @@ def row(
             "prefill": asdict(ratio(prefills, [r["prefill"] for r in first.rounds])),
         },
     }
+
+
+def show(rows: list[dict[str, Any]], heading: str) -> None:
+    """The table that both benches of one decoder print."""
+    print(f"decode t/s  prefill t/s  load s  resident, own MB  MB a step  share  {heading}")
+    for one in rows:
+        ratios = ", ".join(
+            f"{f['median']:.2f} [{f['low']:.2f}, {f['high']:.2f}]"
+            for f in one["ours_over_theirs"].values()
+        )
+        print(
+            f"{one['decode_tokens_per_second']:10.2f}  {one['prefill_tokens_per_second']:11.1f}  "
+            f"{one['load_seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  "
+            f"{one['bytes_per_step'] / 1e6:9.0f}  "
+            f"{one['share_of_bandwidth']:5.2f}  {ratios}  {one['name']}"
+        )
+
+
+class Kept:
+    """What earlier starts measured, in the JSON file; nothing is kept without one."""
+
+    def __init__(self, path: Path | None, settings: dict[str, Any]) -> None:
+        self._path, self.settings = path, settings
+        self.bandwidth = 0.0
+        self._data: dict[str, Any] = {}
+        if path is not None and path.is_file():
+            found = json.loads(path.read_text(encoding="utf-8"))
+            if found["settings"] != settings:
+                raise SystemExit(f"{path}: measured with {found['settings']}. Give another file.")
+            self._data, self.bandwidth = found, found["bandwidth"]
+
+    def resume(self, runners: list[Runner]) -> None:
+        """Rounds and loads of earlier starts, to the runners of the same names."""
+        for runner in runners:
+            samples = self._data.get("samples", {}).get(runner.name, {"rounds": [], "loads": []})
+            runner.rounds, runner.loads = samples["rounds"], samples["loads"]
+
+    def write(self, runners: list[Runner], **more: Any) -> None:
+        """Everything so far; the file appears whole."""
+        if self._path is None:
+            return
+        samples = {r.name: {"loads": r.loads, "rounds": r.rounds} for r in runners}
+        data = {"settings": self.settings, "bandwidth": self.bandwidth, **more, "samples": samples}
+        unfinished = self._path.with_suffix(".tmp")
+        unfinished.write_text(json.dumps(data, indent=2, default=str) + "\n", encoding="utf-8")
+        unfinished.replace(self._path)
 
 
 def prepare(args: argparse.Namespace, shape: Shape) -> tuple[list[Runner], dict[str, int], Any]:
@@ -312,38 +375,27 @@ def main() -> None:
     add("--json", type=Path)
     args = parser.parse_args()
     shape = Shape.scaled(args.layers, args.hidden)
+    settings = {"threads": args.threads, "prompt": args.prompt, "steps": args.steps} | asdict(shape)
+    kept = Kept(args.json, settings | {"peers": args.peers})
     runners, nbytes, built = prepare(args, shape)
-    bandwidth = measure_limits(args.threads).read
-    loads = {}
+    kept.resume(runners)
+    kept.bandwidth = max(kept.bandwidth, measure_limits(args.threads).read)
     for runner in runners:
-        loads[runner.name] = runner.call("load")
-        built[runner.name] |= loads[runner.name]["about"]
-    measure(runners, shape, args.prompt, args.steps, args.rounds)
-    rows = [row(r, runners[0], args.prompt, nbytes[r.name], bandwidth) for r in runners]
+        runner.loads.append(runner.call("load"))
+        built[runner.name] |= runner.loads[-1]["about"]
+    about = {"machine": Machine().describe(), "built": built}
+    measure(
+        runners, shape, args.prompt, args.steps, args.rounds, lambda: kept.write(runners, **about)
+    )
+    rows = [row(r, runners[0], args.prompt, nbytes[r.name], kept.bandwidth) for r in runners]
     for runner in runners:
         runner.close()
+    kept.write(runners, **about, rows=rows)
     print(
         f"{shape.parameters() / 1e9:.2f}B weights, {args.threads} threads, prompt {args.prompt}, decode behind it; "
-        f"read bandwidth {bandwidth / 1e9:.1f} GB/s; {platform.platform()}"
+        f"read bandwidth {kept.bandwidth / 1e9:.1f} GB/s; {platform.platform()}"
     )
-    print(
-        "decode t/s  prefill t/s  load s  resident, own MB  MB a step  share  ours/theirs decode, prefill"
-    )
-    for one in rows:
-        load, times = loads[one["name"]], one["ours_over_theirs"]
-        ratios = ", ".join(
-            f"{f['median']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in times.values()
-        )
-        print(
-            f"{one['decode_tokens_per_second']:10.2f}  {one['prefill_tokens_per_second']:11.1f}  "
-            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  "
-            f"{one['bytes_per_step'] / 1e6:9.0f}  "
-            f"{one['share_of_bandwidth']:5.2f}  {ratios}  {one['name']}"
-        )
-    if args.json:
-        result = {"machine": Machine().describe(), "shape": asdict(shape), "built": built}
-        result |= {"bandwidth": bandwidth, "loads": loads, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2, default=str) + "\n", encoding="utf-8")
+    show(rows, "ours/theirs decode, prefill")
 
 
 if __name__ == "__main__":

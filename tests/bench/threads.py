@@ -22,10 +22,9 @@ import json
 import os
 import sys
 from pathlib import Path
-from typing import Any
 
 from decode import Shape
-from decode_peers import Runner, measure, row, write_ours
+from decode_peers import Runner, measure, row, show, write_ours
 
 from qvlm_runtime.bench.floors import measure_limits
 from qvlm_runtime.bench.weights import graph_weights
@@ -61,14 +60,14 @@ def main() -> None:
     base, cores = write_ours(models / "ours", shape), len(os.sched_getaffinity(0))
     bandwidth = measure_limits(cores).read
     nbytes = graph_weights(models / "ours/decoder.onnx").nbytes
-    runners, loads = list[Runner](), dict[str, Any]()
+    runners = list[Runner]()
     for name, (threads, entries) in settings(models, cores).items():
         arguments = [*base, str(threads), json.dumps(entries)]
         for take in range(
             2 if name == "prepared" else 1
         ):  # the first start makes what the second maps
             runner = Runner(name, Path(sys.executable), "ours.py", arguments)
-            loads[name] = runner.call("load")
+            runner.loads.append(runner.call("load"))
             if name == "prepared" and take == 0:
                 runner.close()
         runners.append(runner)
@@ -77,22 +76,9 @@ def main() -> None:
     for runner in runners:
         runner.close()
     print(f"{cores} cores; read bandwidth {bandwidth / 1e9:.1f} GB/s")
-    print(
-        "decode t/s  prefill t/s  load s  resident, own MB  share  decode time over default's, prefill"
-    )
-    for one in rows:
-        load, times = loads[one["name"]], one["ours_over_theirs"]
-        ratios = ", ".join(
-            f"{f['median']:.2f} [{f['low']:.2f}, {f['high']:.2f}]" for f in times.values()
-        )
-        print(
-            f"{one['decode_tokens_per_second']:10.2f}  {one['prefill_tokens_per_second']:11.1f}  "
-            f"{load['seconds']:6.2f}  {one['resident_bytes'] / 1e6:9.0f}, {one['own_bytes'] / 1e6:6.0f}  "
-            f"{one['share_of_bandwidth']:5.2f}  "
-            f"{ratios}  {one['name']}"
-        )
+    show(rows, "decode time over default's, prefill")
     if args.json:
-        result = {"cores": cores, "bandwidth": bandwidth, "loads": loads, "rows": rows}
+        result = {"cores": cores, "bandwidth": bandwidth, "rows": rows}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

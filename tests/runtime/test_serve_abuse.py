@@ -6,9 +6,7 @@ python -m pytest tests/runtime/test_serve_abuse.py
 import asyncio
 import gc
 import json
-import os
 import socket
-import struct
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,17 +19,17 @@ from runtime_support import write_folder
 from serve_support import (
     WAIT,
     Brake,
+    caches,
     chat_body,
-    data_url,
-    png,
+    kill,
     post,
+    raw,
     request,
     serving,
     wait_for,
 )
 
 from qvlm_runtime import Model, load
-from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.serve.app import App
 from qvlm_runtime.serve.limits import Limits
 
@@ -73,28 +71,6 @@ def assert_alive(app: App, port: int) -> None:
     status, answer, _ = post(port, chat_body())
     expected = app.model.generate("What?", max_new_tokens=8).text
     assert status == 200 and answer["choices"][0]["message"]["content"] == expected
-
-
-def raw(port: int, body: Any, **fields: str) -> socket.socket:
-    """A connection on which a whole request was sent and nothing read."""
-    data = json.dumps(body).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{port}\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(data)}\r\n\r\n"
-    connection = socket.create_connection(("127.0.0.1", port), timeout=WAIT)
-    connection.sendall(head.encode() + data)
-    return connection
-
-
-def caches() -> int:
-    """Decoder states that are alive in this process."""
-    # type(), as isinstance asks other libraries' lazy objects for their class, which may warn.
-    return sum(type(thing) is DecoderState for thing in gc.get_objects())
-
-
-def kill(connection: socket.socket) -> None:
-    """Reset the connection, as the end of a killed process may do."""
-    connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    connection.close()
 
 
 # --- clients that leave --------------------------------------------------------------------------
@@ -362,61 +338,3 @@ def test_what_is_no_http_is_refused(port: int, garbage: bytes) -> None:
         answer = b""
     connection.close()
     assert answer == b"" or b" 4" in answer[:20]
-
-
-# --- load ----------------------------------------------------------------------------------------
-
-
-def test_three_hundred_mixed_answers_equal_serial_ones_and_memory_stays(model: Model) -> None:
-    """Eight clients; every fourth leaves early. A leaked cache alone would be 10 MB here."""
-    app = App(model, "toy", Limits(concurrent=3, queue=300))
-    rows = 256
-    kinds: list[dict[str, Any]] = [
-        {"text": "a", "urls": (data_url(png(1)),)},
-        {"text": "bb", "urls": (data_url(png(2)), data_url(png(3)))},
-        {"text": "c" * 40, "temperature": 1.5, "seed": 3},
-        {"text": "d", "max_tokens": 40, "stop": ["7"]},
-        {"text": "e", "presence_penalty": 1.0, "stream": True},
-    ]
-
-    def text_of(port: int, fields: dict[str, Any]) -> str:
-        body = chat_body(**fields)
-        if not body.get("stream"):
-            status, answer, _ = post(port, body)
-            assert status == 200
-            content: str = answer["choices"][0]["message"]["content"]
-            return content
-        data = json.dumps(body).encode()
-        kind = {"content-type": "application/json"}
-        status, events, _ = request(port, "POST", "/v1/chat/completions", data, kind)
-        lines = [line[6:] for line in events.decode().splitlines() if line.startswith("data: ")]
-        assert status == 200 and lines[-1] == "[DONE]"
-        chunks = [json.loads(line)["choices"][0]["delta"] for line in lines[:-1]]
-        return "".join(chunk.get("content", "") for chunk in chunks)
-
-    with serving(app) as port:
-        serial = [text_of(port, fields) for fields in kinds]
-
-        def one(n: int) -> None:
-            if n % 4 == 3:
-                kill(raw(port, chat_body("x" * (n % 50), max_tokens=rows // 2, stream=True)))
-            else:
-                assert text_of(port, kinds[n % 5]) == serial[n % 5], f"answer {n} differs"
-
-        with ThreadPoolExecutor(8) as pool:
-            list(pool.map(one, range(100)))  # warm-up: thread stacks, arenas, both caches
-            warm = resident()
-            list(pool.map(one, range(100, 400)))
-        wait_for(lambda: app.gate.running == app.gate.waiting == 0)
-        gc.collect()
-        grown = resident() - warm
-        assert caches() == 0
-        assert model.budget.used == 0
-        # 300 answers of 50 kB each (JSON, pixels, cache) that were kept would be 15 MB.
-        assert grown < 8 << 20, f"{grown} bytes more after 300 answers"
-
-
-def resident() -> int:
-    """Resident bytes of this process; 0 where there is no /proc."""
-    path = Path("/proc/self/statm")
-    return int(path.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if path.exists() else 0

@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         "--plan",
         type=Path,
         metavar="FILE",
-        help="matrix and repetitions as JSON; flags go before it",
+        help="matrix and repetitions, JSON or YAML; flags go before it",
     )
     for name, (flag, kind, text) in _PLAN_FLAGS.items():
         add(flag, dest=name, type=_numbers(kind), metavar="N[,N…]", help=text)

@@ -1,11 +1,10 @@
-"""What to measure: a matrix from a JSON file, flags, or both; a flag replaces the file's value.
+"""What to measure: a matrix from a JSON or YAML file, flags, or both; a flag replaces the file's value.
 
     {"prompt_tokens": [64, 512], "images": [0, 1], "output_tokens": [32], "threads": [2, 4],
      "contexts": [128, 1024], "image_size": [640, 480], "rounds": 6, "max_rounds": 20,
      "spread": 0.05, "warmup": 1, "steps": 16, "energy_seconds": 2.0}
 
-Every key is optional. JSON and not YAML: the runtime has no YAML parser among its dependencies, and
-twelve keys do not need one.
+Every key is optional. A file that ends in .yaml or .yml is YAML, which needs the extra `yaml`.
 """
 
 from __future__ import annotations
@@ -115,23 +114,26 @@ _LEAST = {
     "energy_seconds": 0,
 }
 _REALS = ("spread", "energy_seconds")
+_YAML = (".yaml", ".yml")
 
 
 def read_plan(path: Path | None, flags: Mapping[str, Any]) -> Plan:
     """The plan of a file (None: the defaults) with the flags that are not None in their place.
 
-    PromptError if the file is not readable, not JSON, or has a key that is not a plan's.
+    PromptError if the file is not readable, neither JSON nor YAML, or has a key that is not a plan's.
     """
     values: dict[str, Any] = {}
     if path is not None:
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            text = path.read_text(encoding="utf-8")
+            values = _yaml(path, text) if path.suffix in _YAML else json.loads(text)
         except (OSError, ValueError, RecursionError) as error:
-            raise PromptError(f"{path}: not a plan in JSON ({error}).") from error
+            kind = "YAML" if path.suffix in _YAML else "JSON"
+            raise PromptError(f"{path}: not a plan in {kind} ({error}).") from error
         if not isinstance(values, dict):
             raise PromptError(f"{path}: {type(values).__name__}, expected an object.")
     names = {f.name for f in dataclasses.fields(Plan)}
-    if unknown := sorted(set(values) - names):
+    if unknown := sorted(map(str, set(values) - names)):
         raise PromptError(
             f"{path}: unknown key {unknown[0]!r}, expected {', '.join(sorted(names))}."
         )
@@ -144,3 +146,18 @@ def read_plan(path: Path | None, flags: Mapping[str, Any]) -> Plan:
             )
     chosen: dict[str, Any] = {k: tuple(v) if k in lists else v for k, v in values.items()}
     return Plan(**chosen)
+
+
+def _yaml(path: Path, text: str) -> Any:
+    """The file's one document; ValueError in one line if it is none."""
+    try:
+        import yaml
+    except ImportError as error:
+        raise PromptError(
+            f"{path}: PyYAML is not installed, which reads YAML ({error}). "
+            "pip install 'qvlm[yaml]', or give the plan as JSON."
+        ) from error
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(" ".join(str(error).split())) from error

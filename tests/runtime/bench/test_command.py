@@ -7,6 +7,7 @@ No time is asserted: the figures are checked for what must hold on any machine.
 import html.parser
 import json
 import math
+import sys
 from pathlib import Path
 
 import pytest
@@ -323,6 +324,31 @@ def test_a_plan_file_is_read_and_a_flag_goes_before_it(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(PromptError, match=message):
             read_plan(path, {})
+
+
+def test_a_plan_may_be_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "plan.yaml"
+    path.write_text(
+        "# a small matrix\nprompt_tokens: [16, 64]\nimages:\n  - 0\n  - 1\nspread: 0.02\n"
+    )
+    same = tmp_path / "plan.json"
+    same.write_text('{"prompt_tokens": [16, 64], "images": [0, 1], "spread": 0.02}')
+    assert read_plan(path, {"rounds": 9}) == read_plan(same, {"rounds": 9})
+    for text, message in (
+        ("rounds: [1", "not a plan in YAML"),
+        ("images: !!python/object/apply:os.getcwd []", "not a plan in YAML"),
+        ("- 1", "expected an object"),
+        ("1: 2\nrounds: 3", "unknown key '1'"),
+        ("threads: [yes]", "expected numbers"),
+        ("[" * 99999, "not a plan in YAML"),
+    ):
+        path.write_text(text)
+        with pytest.raises(PromptError, match=message) as caught:
+            read_plan(path, {})
+        assert "\n" not in str(caught.value)
+    monkeypatch.setitem(sys.modules, "yaml", None)
+    with pytest.raises(PromptError, match=r"pip install 'qvlm\[yaml\]'"):
+        read_plan(path, {})
 
 
 def test_moving_a_sequence_gives_the_logits_of_a_fresh_one(folder: Path) -> None:
