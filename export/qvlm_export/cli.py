@@ -21,15 +21,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qvlm.budget import (
+from qvlm.errors import ExportError, QvlmError
+from qvlm.progress import reporter
+from qvlm.recipe import RECIPES, Recipe, load_recipe
+from qvlm.trials.budget import (
     add_budget_arguments,
     add_sensitivity_argument,
     budget_of,
     sensitivity_file,
 )
-from qvlm.errors import ExportError, QvlmError
-from qvlm.progress import reporter
-from qvlm.recipe import RECIPES, Recipe, load_recipe
 from qvlm_export.image_limits import ImageLimits
 from qvlm_export.targets import TARGETS, Variant
 from qvlm_runtime.errors import RuntimeFault
@@ -142,7 +142,7 @@ def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     if (budget := budget_of(args)) is None:
         return recipe
-    from qvlm.sensitivity_run import Settings, recipe_within
+    from qvlm.trials.sensitivity_run import Settings, recipe_within
     from qvlm_export.pipeline import is_quantized
 
     if is_quantized(args.source):

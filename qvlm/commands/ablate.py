@@ -19,8 +19,8 @@ def _ablate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _ablate(arguments: argparse.Namespace) -> Json:
-    from qvlm.ablation import Case, ablate
-    from qvlm.judge import Judge
+    from qvlm.trials.ablation import Case, ablate
+    from qvlm.trials.judge import Judge
 
     recipes = {name: load_recipe(name) for name in arguments.formats}
     keys = ("source", "calib", "samples", "seed", "eval", "eval_samples")

@@ -28,9 +28,9 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _compare(arguments: argparse.Namespace) -> Json:
-    from qvlm.compare import HEADER, Case, compare, recipes, table_rows, task_rows
     from qvlm.evaluate import scorer
-    from qvlm.judge import Judge
+    from qvlm.trials.compare import HEADER, Case, compare, recipes, table_rows, task_rows
+    from qvlm.trials.judge import Judge
 
     wanted = recipes(arguments.formats, arguments.methods)
     given = experiment(arguments)

@@ -5,17 +5,17 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from qvlm.budget import (
-    add_budget_arguments,
-    add_sensitivity_argument,
-    budget_of,
-    sensitivity_file,
-)
 from qvlm.checkpoint import Checkpoint
 from qvlm.commands.command import Command, Json, say, table
 from qvlm.commands.recipe import add_recipe_arguments, recipe_of
 from qvlm.commands.sizes import size_rows, size_table
 from qvlm.progress import reporter
+from qvlm.trials.budget import (
+    add_budget_arguments,
+    add_sensitivity_argument,
+    budget_of,
+    sensitivity_file,
+)
 
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,7 +35,7 @@ def _quantize(arguments: argparse.Namespace) -> Json:
     recipe = recipe_of(arguments)
     source = open_source(arguments.source)
     if (budget := budget_of(arguments)) is not None:
-        from qvlm.sensitivity_run import Settings, recipe_within
+        from qvlm.trials.sensitivity_run import Settings, recipe_within
 
         file = sensitivity_file(arguments, arguments.output)
         settings = Settings(calib=arguments.calib)

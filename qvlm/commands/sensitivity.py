@@ -6,11 +6,11 @@ import argparse
 from dataclasses import asdict
 from pathlib import Path
 
-from qvlm.budget import add_budget_arguments, budget_of
 from qvlm.checkpoint import dump_json
 from qvlm.commands.command import Command, Json, say, table
 from qvlm.commands.experiment import note
 from qvlm.progress import reporter
+from qvlm.trials.budget import add_budget_arguments, budget_of
 
 
 def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
@@ -48,7 +48,7 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> Json:
-    from qvlm.sensitivity_run import SensitivityRun, Settings
+    from qvlm.trials.sensitivity_run import SensitivityRun, Settings
 
     settings = Settings(
         tuple(arguments.formats),

@@ -1,7 +1,7 @@
 """Our methods and the quantizers people use, on one model, one calibration set, one format and one judge.
 
 Each peer runs in an environment of its own below --work, made here with pinned versions (PEERS), through
-peer_worker.py; its result is read back as the weights it stands for and measured by qvlm/judge.py like ours. Only the
+peer_worker.py; its result is read back as the weights it stands for and measured like ours. Only the
 decoder's linears are quantized (vision tower, projector and head stay float, as the peers leave them), with the same
 calibration samples, questions and seed. What a peer's weights claim to be is checked: no group of a weight may hold
 more values than its integers can take, else the row is refused. A peer that fails is a row with its last line of
@@ -36,20 +36,20 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.capture import Sample
-from qvlm.compare import spread, with_method
 from qvlm.data import calibration, evaluation, refuse_overlap
 from qvlm.errors import QvlmError
 from qvlm.fakequant import FakeQuantLinear
-from qvlm.job import quantized
-from qvlm.judge import Judge
-from qvlm.memory import peak_memory
 from qvlm.methods import METHODS, Context
 from qvlm.models.adapter import Adapter
 from qvlm.plan import resolve
 from qvlm.quantize import build_samples
 from qvlm.recipe import Format, component_recipe, named_format
-from qvlm.results import Results
 from qvlm.source import load, open_source
+from qvlm.trials.compare import spread, with_method
+from qvlm.trials.job import quantized
+from qvlm.trials.judge import Judge
+from qvlm.trials.memory import peak_memory
+from qvlm.trials.results import Results
 
 Json = dict[str, Any]
 WORKER = Path(__file__).with_name("peer_worker.py")

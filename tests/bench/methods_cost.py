@@ -25,16 +25,16 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.capture import Sample
-from qvlm.compare import with_method
 from qvlm.data import calibration
-from qvlm.job import quantized
-from qvlm.memory import peak_memory
 from qvlm.methods import METHODS, Context
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.quantize import build_samples
 from qvlm.recipe import component_recipe
 from qvlm.source import load, open_source
+from qvlm.trials.compare import with_method
+from qvlm.trials.job import quantized
+from qvlm.trials.memory import peak_memory
 
 Json = dict[str, Any]
 BASE = "gptq"

@@ -17,17 +17,17 @@ import pytest
 import torch
 from tiny_models import IMAGE_TOKEN, greedy, prompts, tiny_llava
 
-from qvlm import ablation
-from qvlm.ablation import Case, Partitions, ablate, correlation, measure_ded
 from qvlm.capture import Sample
 from qvlm.errors import CalibrationError
 from qvlm.generate import decode, stop_tokens
-from qvlm.job import Job
-from qvlm.judge import Judge
 from qvlm.methods import METHODS, Context
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import Recipe, component_recipe
+from qvlm.trials import ablation
+from qvlm.trials.ablation import Case, Partitions, ablate, correlation, measure_ded
+from qvlm.trials.job import Job
+from qvlm.trials.judge import Judge
 
 ADAPTER = ADAPTERS["llava"]
 OPTIONS = {"percentiles": [1.0, 0.98], "clip_ratios": [1.0, 0.9], "veo_epochs": 1, "depth": 2}

@@ -14,11 +14,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qvlm.allocation import Allocation, Choice, allocate, lagrangian_bound
-from qvlm.budget import Budget, choices, parse_bytes, patterns, rules, solve
 from qvlm.errors import RecipeError
 from qvlm.recipe import Recipe
-from qvlm.sensitivity import Unit
+from qvlm.trials.allocation import Allocation, Choice, allocate, lagrangian_bound
+from qvlm.trials.budget import Budget, choices, parse_bytes, patterns, rules, solve
+from qvlm.trials.sensitivity import Unit
 
 Units = dict[str, list[Choice]]
 

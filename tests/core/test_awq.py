@@ -21,7 +21,6 @@ from qvlm import affine, ranges
 from qvlm.capture import capture_stream, linear_inputs
 from qvlm.errors import CalibrationError, RecipeError
 from qvlm.fold import fold_scale, points
-from qvlm.job import Job
 from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.methods.awq import channel_scale, weighted_error
 from qvlm.methods.mbq import gradient_ratios, output_gradients, raised_to_median
@@ -29,6 +28,7 @@ from qvlm.methods.method import Context
 from qvlm.plan import resolve
 from qvlm.progress import silent
 from qvlm.recipe import LayerRule, Recipe, component_recipe, named_format
+from qvlm.trials.job import Job
 
 LAYER = "model.language_model.layers.0"
 

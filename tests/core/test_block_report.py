@@ -16,13 +16,13 @@ from tiny_source import tiny_processor, tiny_questions
 from qvlm import fakequant
 from qvlm.block_report import describe
 from qvlm.checkpoint import Checkpoint
-from qvlm.job import Job
 from qvlm.methods import METHODS, Context
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.quantize import build_samples, quantize
 from qvlm.recipe import RECIPES, Recipe
 from qvlm.source import Loaded
+from qvlm.trials.job import Job
 
 ADAPTER = ADAPTERS["llava"]
 OUTLIER = 17

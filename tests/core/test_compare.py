@@ -15,16 +15,17 @@ import pytest
 import torch
 from tiny_source import picture, tiny_questions
 
-from qvlm import cli, compare
+from qvlm import cli
 from qvlm.checkpoint import Checkpoint
-from qvlm.compare import Case, parse_format, parse_method, recipes, spread, table_rows
 from qvlm.errors import RecipeError
 from qvlm.evaluate import load_quantized, scorer, sizes
-from qvlm.job import Job
-from qvlm.judge import Judge
 from qvlm.quantize import build_samples, quantize
 from qvlm.recipe import RECIPES, Recipe, component_recipe
 from qvlm.source import load, open_source
+from qvlm.trials import compare
+from qvlm.trials.compare import Case, parse_format, parse_method, recipes, spread, table_rows
+from qvlm.trials.job import Job
+from qvlm.trials.judge import Judge
 
 QUESTIONS = [replace(q, answer=q.answer or "cat") for q in tiny_questions(5)]
 

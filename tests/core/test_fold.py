@@ -16,10 +16,10 @@ from tiny_models import tiny_llava
 
 from qvlm.errors import RecipeError
 from qvlm.fold import Heads, Point, fold_scale, fold_scales, points, unfolded
-from qvlm.job import Job
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import COMPONENTS, RECIPES, LayerRule, Recipe, component_recipe, named_format
+from qvlm.trials.job import Job
 
 ADAPTER = ADAPTERS["llava"]
 EVERYTHING = component_recipe("w8a8", "w8a8", "w8a8", "w8a8")

@@ -19,7 +19,6 @@ from qvlm.capture import Sample, Stream, capture_stream
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.errors import RecipeError
 from qvlm.fakequant import FakeQuantLinear, substituted
-from qvlm.job import Job
 from qvlm.methods import METHODS, Context
 from qvlm.methods.block_rounding import RATIOS, BlockLoss, grid_solver
 from qvlm.methods.held_out import split
@@ -28,6 +27,7 @@ from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import Recipe, component_recipe
 from qvlm.signed_rounding import SoftWeight
+from qvlm.trials.job import Job
 
 NOTHING: State = {}
 # Every stage off: scales by the maximum, integers by ``start`` alone.

@@ -24,8 +24,8 @@ from qvlm.plan import plan
 from qvlm.progress import silent
 from qvlm.quantize import quantize
 from qvlm.recipe import RECIPES, Recipe, component_recipe
-from qvlm.sensitivity_run import SensitivityRun, Settings
 from qvlm.source import load, open_source
+from qvlm.trials.sensitivity_run import SensitivityRun, Settings
 
 FLOAT = RECIPES["float"]
 

@@ -15,8 +15,8 @@ import torch
 from tiny_models import IMAGE_TOKEN, greedy, prompts, tiny_llava
 
 from qvlm.capture import Sample
-from qvlm.judge import Judge
 from qvlm.models import ADAPTERS
+from qvlm.trials.judge import Judge
 
 ADAPTER = ADAPTERS["llava"]
 END = 2

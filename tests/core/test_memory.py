@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from qvlm import memory
-from qvlm.memory import peak_memory
+from qvlm.trials import memory
+from qvlm.trials.memory import peak_memory
 
 LINUX = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 MEGABYTES = 80

@@ -22,7 +22,6 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.errors import RecipeError
 from qvlm.evaluate import load_quantized
 from qvlm.generate import golden_side
-from qvlm.job import Job
 from qvlm.methods import METHODS
 from qvlm.models import ADAPTERS
 from qvlm.plan import plan, resolve
@@ -37,6 +36,7 @@ from qvlm.recipe import (
     named_format,
 )
 from qvlm.source import open_source
+from qvlm.trials.job import Job
 
 SCHEME = ActivationScheme(8, "modality")
 LAYER = "model.language_model.layers.0"

@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from qvlm.capture import Sample
 from qvlm.fakequant import FakeQuantLinear
-from qvlm.job import quantized
 from qvlm.methods import Context
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import component_recipe, named_format
+from qvlm.trials.job import quantized
 
 ADAPTER = ADAPTERS["llava"]
 

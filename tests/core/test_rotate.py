@@ -21,7 +21,6 @@ from qvlm.capture import capture_stream
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import CalibrationError, RecipeError
 from qvlm.fold import value_points
-from qvlm.job import Job
 from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.methods.rotate import rotate_residual, rotate_values
 from qvlm.models import ADAPTERS
@@ -30,6 +29,7 @@ from qvlm.progress import silent
 from qvlm.quantize import quantize
 from qvlm.recipe import LayerRule, Recipe, component_recipe, named_format
 from qvlm.rotation import Rotation, factors, random_signs
+from qvlm.trials.job import Job
 
 ADAPTER = ADAPTERS["llava"]
 

@@ -16,17 +16,18 @@ import torch
 from tiny_models import tiny_llava
 from tiny_source import picture, tiny_processor, tiny_questions
 
-from qvlm import cli, embedding, fakequant, practice, sensitivity
+from qvlm import cli, embedding, fakequant
 from qvlm.errors import CalibrationError
-from qvlm.judge import Judge
 from qvlm.methods.rtn import round_to_nearest
 from qvlm.models import ADAPTERS
 from qvlm.plan import plan
 from qvlm.quantize import build_samples
 from qvlm.recipe import FORMATS, Recipe, load_recipe
-from qvlm.results import Results
-from qvlm.sensitivity import Case, measure, units
 from qvlm.source import Loaded, open_source
+from qvlm.trials import practice, sensitivity
+from qvlm.trials.judge import Judge
+from qvlm.trials.results import Results
+from qvlm.trials.sensitivity import Case, measure, units
 
 ADAPTER = ADAPTERS["llava"]
 LAYER = "model.language_model.layers.1"

@@ -19,12 +19,12 @@ from tiny_source import tiny_questions
 from qvlm.capture import capture_stream, linear_inputs
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import CalibrationError
-from qvlm.job import Job
 from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.methods.smoothquant import Smoothing, smoothing_scale
 from qvlm.progress import silent
 from qvlm.quantize import quantize
 from qvlm.recipe import LayerRule, Recipe, component_recipe, named_format
+from qvlm.trials.job import Job
 
 LAYER = "model.language_model.layers.0"
 NORM = f"{LAYER}.input_layernorm"

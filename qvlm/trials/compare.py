@@ -35,14 +35,14 @@ from torch import nn
 from qvlm.capture import Sample
 from qvlm.data import Question
 from qvlm.errors import RecipeError
-from qvlm.job import quantized
-from qvlm.judge import Judge
-from qvlm.memory import peak_memory
 from qvlm.methods import Context
 from qvlm.plan import check_method, plan, resolve
 from qvlm.recipe import FORMATS, RECIPES, Recipe, component_recipe, load_recipe
-from qvlm.results import Results
 from qvlm.source import Source, read_header
+from qvlm.trials.job import quantized
+from qvlm.trials.judge import Judge
+from qvlm.trials.memory import peak_memory
+from qvlm.trials.results import Results
 from qvlm.workdir import digest
 
 Json = dict[str, Any]

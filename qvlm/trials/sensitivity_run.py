@@ -13,8 +13,6 @@ from typing import Any
 
 from torch import nn
 
-from qvlm import practice
-from qvlm.budget import Budget, Solution, choices, solve
 from qvlm.checkpoint import load_json
 from qvlm.data import calibration
 from qvlm.embedding import TABLE_FORMATS
@@ -23,9 +21,11 @@ from qvlm.plan import check_method, resolve
 from qvlm.progress import Progress, silent
 from qvlm.quantize import build_samples, identity
 from qvlm.recipe import FORMATS, Recipe, named_format
-from qvlm.results import Results
-from qvlm.sensitivity import Case, Unit, measure, measure_recipe, units
 from qvlm.source import Source, load, open_source, require_float, skeleton
+from qvlm.trials import practice
+from qvlm.trials.budget import Budget, Solution, choices, solve
+from qvlm.trials.results import Results
+from qvlm.trials.sensitivity import Case, Unit, measure, measure_recipe, units
 
 Json = dict[str, Any]
 Say = Callable[[str], None]

@@ -28,15 +28,15 @@ from torch import Tensor, nn
 from qvlm import entropy, fakequant
 from qvlm.capture import Sample, capture_stream
 from qvlm.checkpoint import QuantizedLinear
-from qvlm.job import Job, propagate, quantized
-from qvlm.judge import Judge
 from qvlm.methods import METHODS, Context, Method, State
 from qvlm.methods.block_search import BlockSearch, dependencies, pair_block, pair_errors
 from qvlm.methods.q_vlm import PARTITIONS, resolved
 from qvlm.models.adapter import Adapter
 from qvlm.plan import resolve
 from qvlm.recipe import Recipe
-from qvlm.results import Results
+from qvlm.trials.job import Job, propagate, quantized
+from qvlm.trials.judge import Judge
+from qvlm.trials.results import Results
 
 log = logging.getLogger(__name__)
 

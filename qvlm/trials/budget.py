@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from qvlm.allocation import Choice, allocate
 from qvlm.errors import RecipeError
 from qvlm.recipe import EMBEDDING, LayerRule, Recipe, named_format
+from qvlm.trials.allocation import Choice, allocate
 
 if TYPE_CHECKING:
-    from qvlm.sensitivity import Unit
+    from qvlm.trials.sensitivity import Unit
 
 Json = dict[str, Any]
 

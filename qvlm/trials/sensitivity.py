@@ -29,13 +29,13 @@ from torch import nn
 from qvlm import embedding, fakequant
 from qvlm.capture import Sample
 from qvlm.errors import CalibrationError
-from qvlm.job import Job, propagate
-from qvlm.judge import Judge
 from qvlm.methods import METHODS, Block, Context, State
 from qvlm.models.adapter import Adapter
 from qvlm.plan import Formats, linear_bytes
 from qvlm.recipe import COMPONENTS, EMBEDDING, Format, Recipe, named_format
-from qvlm.results import Results
+from qvlm.trials.job import Job, propagate
+from qvlm.trials.judge import Judge
+from qvlm.trials.results import Results
 
 Json = dict[str, Any]
 

@@ -1,0 +1,1 @@
+"""Many quantizations of one model, in memory, held against its float answers."""
