@@ -367,6 +367,7 @@ def test_the_command_serves_until_it_is_told_to_stop(folder: Path, told: signal.
         (["nowhere"], "manifest.json: not found"),
         (["OUT", "--host", "0.0.0.0"], "without a token"),
         (["OUT", "--host", "192.0.2.7", "--token-file", "TOKEN"], "--host 192.0.2.7 --port 8000"),
+        (["OUT", "--backend", "tensorrt"], "no engines for backend tensorrt"),
         (["OUT", "--port", "70000"], "--port 70000"),
         (["OUT", "--token-file", "absent"], "absent: no token"),
         (["OUT", "--image-root", "absent"], "absent: no such folder"),

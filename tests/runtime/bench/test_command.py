@@ -78,6 +78,7 @@ def test_everything_is_measured_and_adds_up(run: dict, folder: Path) -> None:
     ]
     for subject in run["subjects"]:
         (case,) = subject["cases"]
+        assert (subject["target"], subject["backend"]) == ("ort", "ort")
         # <s>, the question's bytes and ">": a token each; three rows of one image.
         assert case["total_prompt_tokens"] >= 20 + 3 and case["images"] == 1
         parts = case["first_token"]
