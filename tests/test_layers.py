@@ -40,9 +40,10 @@ ONLY_IN = {
     "llguidance": {"runtime/qvlm_runtime/grammar.py"},
     "uvicorn": {"runtime/qvlm_runtime/serve/cli.py"},
 }
-# The one bridge from the exporter to the quantizer (DESIGN: SRC may be a float checkpoint).
+# The one bridge from the exporter to the quantizer (DESIGN: SRC may be a float checkpoint, whose settings are checked
+# before it is quantized).
 BRIDGES = {
-    "export/qvlm_export/pipeline.py": {"qvlm.quantize"},
+    "export/qvlm_export/pipeline.py": {"qvlm.quantize", "qvlm.source"},
     "export/qvlm_export/cli.py": {"qvlm.plan", "qvlm.sensitivity_run", "qvlm.source"},
 }
 
