@@ -41,9 +41,10 @@ ONLY_IN = {
     "uvicorn": {"runtime/qvlm_runtime/serve/cli.py"},
     "yaml": {"runtime/qvlm_runtime/bench/plan.py"},
 }
-# The one bridge from the exporter to the quantizer (DESIGN: SRC may be a float checkpoint).
+# The one bridge from the exporter to the quantizer (DESIGN: SRC may be a float checkpoint, whose settings are checked
+# before it is quantized).
 BRIDGES = {
-    "export/qvlm_export/pipeline.py": {"qvlm.quantize"},
+    "export/qvlm_export/pipeline.py": {"qvlm.quantize", "qvlm.source"},
     "export/qvlm_export/cli.py": {"qvlm.plan", "qvlm.trials.sensitivity_run", "qvlm.source"},
 }
 
