@@ -71,10 +71,7 @@ class Conversation:
         self, question: str, images: Sequence[Any] = (), **options: Unpack[OptionArguments]
     ) -> Generation:
         """Ask and wait for the answer; arguments and errors are those of ``Model.generate``."""
-        stream = self.stream(question, images, **options)
-        for _ in stream:
-            pass
-        return stream.generation
+        return self.stream(question, images, **options).read()
 
     def stream(
         self, question: str, images: Sequence[Any] = (), **options: Unpack[OptionArguments]

@@ -90,10 +90,7 @@ class Model:
 
         PromptError, ImageError, CapacityError or SessionError.
         """
-        stream = self.stream(question, images, **options)
-        for _ in stream:
-            pass
-        return stream.generation
+        return self.stream(question, images, **options).read()
 
     def stream(
         self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]

@@ -81,6 +81,12 @@ class Stream(Iterator[str]):
             self.close()
             raise
 
+    def read(self) -> Generation:
+        """Read all pieces that are left; the finished answer."""
+        for _ in self:
+            pass
+        return self.generation
+
     @property
     def generation(self) -> Generation:
         """The finished answer. PromptError while pieces are still to be read."""

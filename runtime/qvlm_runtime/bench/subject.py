@@ -19,7 +19,6 @@ import numpy as np
 
 from qvlm_runtime.backend import FAST
 from qvlm_runtime.bench.plan import Case
-from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.manifest import read_manifest, verify_files
 from qvlm_runtime.model import Model, load
@@ -172,9 +171,13 @@ class FolderSubject:
         return memory()
 
     def decode(self, context: int, steps: int) -> list[float]:
-        """The sequence goes back to ``context`` rows first; what it decoded there is overwritten."""
+        """The sequence goes back to ``context`` rows first, or is prefilled up to them again: a cache
+        that went back does not keep the rows behind.
+        """
         state = self._state
-        move_to(state, context)
+        if state.length < context:
+            self.fill(context)
+        state.rewind(context)
         times = []
         for _ in range(steps):
             start = self._clock()
@@ -210,12 +213,12 @@ class FolderSubject:
                 features = self.model.image_features(self.model.pictures(frames))
                 features.buffer.read(0, (1,))  # waits for a GPU, which only took the order so far
             else:
-                move_to(state, context)
+                state.rewind(context)
                 state.step((1,))
             count += 1
             elapsed = self._clock() - start
         if state is not None:
-            move_to(state, context)
+            state.rewind(context)
         return Repeated(count, elapsed)
 
     def peak_bytes(self) -> int:
@@ -270,15 +273,6 @@ def least_words(wanted: int, tokens: Callable[[int], float]) -> int:
         else:
             high = middle
     return high
-
-
-def move_to(state: DecoderState, length: int) -> None:
-    """Let the next step run behind the first ``length`` tokens, fewer or more than now.
-
-    Only for timing: rows stay in the cache as they were last written, so going forward again is
-    sound as far as the sequence once reached, and saves a prefill of that length in every round.
-    """
-    state._cache.length = length
 
 
 def memory() -> tuple[int, int]:

@@ -50,11 +50,9 @@ def load() -> dict[str, Any]:
 
 def prefill(prompt: list[int]) -> None:
     global state, token
-    from qvlm_runtime.bench.subject import move_to
-
     if state is None:
         state = decoder.start(decoder.max_rows)
-    move_to(state, 0)
+    state.rewind(0)
     token = int(state.step(prompt).argmax())
 
 

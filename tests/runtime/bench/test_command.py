@@ -13,12 +13,11 @@ from pathlib import Path
 import pytest
 from runtime_support import model_spec, write_folder
 
-from qvlm_runtime import load
 from qvlm_runtime.bench import cli, floors, measure
 from qvlm_runtime.bench.floors import decode_bytes, prefill_operations, vision_operations
 from qvlm_runtime.bench.page import to_html
 from qvlm_runtime.bench.plan import Case, Plan, read_plan
-from qvlm_runtime.bench.subject import FolderSubject, least_words, move_to
+from qvlm_runtime.bench.subject import FolderSubject, least_words
 from qvlm_runtime.bench.weights import GraphWeights
 from qvlm_runtime.bench.worker import WorkerSubject
 from qvlm_runtime.errors import PromptError, RuntimeFault, SessionError
@@ -352,16 +351,20 @@ def test_a_plan_may_be_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         read_plan(path, {})
 
 
-def test_moving_a_sequence_gives_the_logits_of_a_fresh_one(folder: Path) -> None:
-    with load(folder) as model:
-        state, fresh = model.decoder.start(16), model.decoder.start(16)
-        state.step([5, 6, 7, 8])
-        move_to(state, 2)
-        fresh.step([5, 6])
-        assert (state.step([11]) == fresh.step([11])).all()
-        move_to(state, 4)  # forward again: row 2 was written over, row 3 was not
-        fresh.step([8])
-        assert (state.step([12]) == fresh.step([12])).all()
+@pytest.mark.parametrize("target", ["ort", "rtx"])
+def test_decode_is_timed_at_contexts_of_several_cache_views_in_every_round(
+    tmp_path: Path, target: str
+) -> None:
+    write_folder(tmp_path / "toy", max_context=600)
+    subject = FolderSubject(tmp_path / "toy", target=target, threads=1)
+    subject.load()
+    for context in (100, 300, 500):
+        subject.fill(context)
+    for _ in range(2):
+        for context in (100, 300, 500):  # views of 128, 384 and 512 rows
+            assert len(subject.decode(context, 3)) == 3
+            assert subject._state.length == context + 3
+    subject.close()
 
 
 def test_the_number_of_words_is_the_least_and_a_tokenizer_without_words_is_refused() -> None:
