@@ -87,12 +87,12 @@ def _positions(b: GraphBuilder, c: OptConfig, prefix: str, positions: int) -> ir
 def _layer(
     b: GraphBuilder, c: OptConfig, prefix: str, index: int, attention: CausalAttention, x: ir.Value
 ) -> ir.Value:
-    heads = c.heads
+    heads, x = c.heads, b.stream(x, prefix)
     h = layer_norm(b, x, f"{prefix}.self_attn_layer_norm", c.hidden_size, _EPS)
     with b.scope("self_attn"):
         qkv = linears(b, h, [f"{prefix}.self_attn.{p}_proj" for p in "qkv"])
         q, k, v = (split_heads(b, part, heads.heads, heads.head_dim) for part in qkv)
-        context = attention.layer(index, q, k, v)
+        context = attention.layer(index, b.narrow(q), b.narrow(k), b.narrow(v))
         x = b.op("Add", x, heads_linear(b, context, f"{prefix}.self_attn.out_proj"))
     h = layer_norm(b, x, f"{prefix}.final_layer_norm", c.hidden_size, _EPS)
     with b.scope("mlp"):

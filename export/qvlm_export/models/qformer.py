@@ -51,6 +51,7 @@ def queried(
         seen = dict(zip(names, linears(b, rows, names), strict=True))
     for i, layer in enumerate(layers):
         own, other = f"{layer}.attention", f"{layer}.crossattention"
+        x = b.stream(x, layer)
         with b.scope(f"layers.{i}"):
             with b.scope("attention"):
                 parts = linears(b, x, [f"{own}.attention.{n}" for n in ("query", *_SEEN)])
@@ -70,7 +71,7 @@ def _attended(
     """x [1, Q, hidden] and what its queries find; parts: queries, keys and values, [1, rows, hidden] each."""
     head_dim = c.hidden_size // c.num_attention_heads
     q, k, v = (split_heads(b, part, c.num_attention_heads, head_dim) for part in parts)
-    context = full_attention(b, q, k, v, head_dim)
+    context = full_attention(b, b.narrow(q), b.narrow(k), b.narrow(v), head_dim)
     found = heads_linear(b, context, f"{prefix}.output.dense")
     return _norm(b, c, b.op("Add", found, x), f"{prefix}.output.LayerNorm")
 
