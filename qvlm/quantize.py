@@ -34,7 +34,6 @@ from qvlm.checkpoint import (
     dump_json,
     write_goldens,
 )
-from qvlm.coverage import with_coverage
 from qvlm.data import Question, calibration
 from qvlm.errors import RecipeError
 from qvlm.generate import with_own_answer
@@ -210,9 +209,6 @@ class _Run:
 
     def quantize_components(self, samples: list[Sample], work: WorkDirectory) -> dict[str, Any]:
         """Turn every component's linears into integers; the model ends up as its own simulation."""
-        context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
-        context = with_coverage(context)
-        samples = context.samples
         streams: dict[str, Stream] = {}
         for number, component in enumerate(self.formats):
             self.progress("float streams", number, len(self.formats))
@@ -220,6 +216,7 @@ class _Run:
         self.progress("float streams", len(self.formats), len(self.formats))
         state: State | None = work.load_arrays("prepared")
         if state is None:
+            context = Context(self.model, self.adapter, samples, self.recipe, self.formats)
             state = self.method.prepare(context)
             work.save_arrays("prepared", state)
         # After ``prepare``, which looks at the float model, and before the first quantized stream.

@@ -100,7 +100,6 @@ class Settings:
     alpha: str | float = "auto"
     damping: float = 0.01
     shrinkage: float = 0.05
-    coverage: float = 0.125  # share of the calibration's tokens (``qvlm.coverage``)
     sweeps: int = 4
     refits: int = 1
     partition: str = "entropy"
@@ -131,7 +130,7 @@ class Settings:
         for name in ("depth", "steps", "batch", "every"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected at least 1")
-        for name in ("temper", "shrinkage", "coverage", "sweeps", "refits", "scale_rate"):
+        for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
         _ = self.kernel  # refuses a damping that makes no sense

@@ -27,7 +27,7 @@ Cost: per stage one forward per sample; H needs 8 in^2 bytes; the sweep out in^2
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -48,7 +48,6 @@ OPTIONS: Mapping[str, Any] = {
     "damping": 0.01,  # share of mean(diag H)
     "columns": 128,  # columns swept before the rest is updated
     "act_order": True,
-    "coverage": 0.0,  # tokens no sample holds, as a share of the calibration's (``qvlm.coverage``)
 }
 
 
@@ -72,8 +71,8 @@ class Settings:
     @staticmethod
     def of(recipe: Recipe) -> Settings:
         """The recipe's values over the defaults."""
-        names = [field.name for field in fields(Settings)]
-        return Settings(**{name: recipe.options.get(name, OPTIONS[name]) for name in names})
+        chosen = {key: recipe.options.get(key, default) for key, default in OPTIONS.items()}
+        return Settings(**chosen)
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from qvlm import fakequant
 from qvlm.capture import Stream, capture_inputs, capture_stream
-from qvlm.coverage import with_coverage
 from qvlm.methods import METHODS, Block, Context, Method, State
 from qvlm.transform import chosen, transform
 
@@ -32,13 +31,11 @@ class Job:
     def begin(context: Context) -> Job:
         """A copy of the context's float model, after the recipe's transforms.
 
-        ``context`` of the job is the one to prepare a method with: with transforms its model is the changed one, and
-        its samples are all that the method is to see (``coverage``).
+        ``context`` of the job is the one to prepare a method with: with transforms its model is the changed one.
         """
         if chosen(context.recipe):
             context = replace(context, model=copy.deepcopy(context.model))
             transform(context)
-        context = with_coverage(context)
         model = copy.deepcopy(context.model)
         streams = {
             component: capture_stream(model, context.adapter, component, context.samples)
