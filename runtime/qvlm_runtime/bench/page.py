@@ -283,7 +283,9 @@ def _imported(rows: Sequence[Any]) -> str:
 
 
 def _ms(figure: Mapping[str, float]) -> str:
-    """Median and half-width of the interval, in milliseconds."""
+    """Median and half-width of the interval, in milliseconds; one sample has no interval."""
+    if not figure["coverage"]:
+        return f"{1e3 * figure['median']:.2f}"
     half = (figure["high"] - figure["low"]) / 2
     return f"{1e3 * figure['median']:.2f} ± {1e3 * half:.2f}"
 
