@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import tiny_blip
 import tiny_qwen
 import tiny_source
 import tiny_tiles
@@ -16,7 +17,7 @@ from qvlm.data import Question
 from qvlm.quantize import quantize
 from qvlm.recipe import RECIPES
 
-FAMILIES = ("llava", *tiny_tiles.PROCESSORS, *tiny_qwen.FAMILIES)
+FAMILIES = ("llava", *tiny_tiles.PROCESSORS, *tiny_qwen.FAMILIES, "blip-2")
 
 
 def write_source(family: str, directory: Path) -> Path:
@@ -25,6 +26,8 @@ def write_source(family: str, directory: Path) -> Path:
         return tiny_source.write_tiny_source(directory)
     if family in tiny_qwen.FAMILIES:
         return tiny_qwen.write_tiny_source(directory, family)
+    if family == "blip-2":
+        return tiny_blip.write_tiny_source(directory)
     return tiny_tiles.write_source(family, directory)
 
 
@@ -34,6 +37,8 @@ def questions(family: str) -> list[Question]:
         return tiny_source.tiny_questions(2)
     if family in tiny_qwen.FAMILIES:
         return tiny_qwen.tiny_questions(2)
+    if family == "blip-2":
+        return tiny_blip.tiny_questions(2)
     return tiny_tiles.tiny_questions(2)
 
 

@@ -194,6 +194,7 @@ def _check(request: Request, out: Path, overwrite: bool) -> tuple[Target, ...]:
 def _check_settings(request: Request, resumed: Path | None) -> None:
     """Refuse what the source's settings forbid, before the first weight is read."""
     settings: Checkpoint
+    template = ""
     if is_quantized(request.source):
         settings = Checkpoint(request.source)
     elif resumed is not None and (resumed / _CHECKPOINT).exists():  # the source is not read again
@@ -203,7 +204,8 @@ def _check_settings(request: Request, resumed: Path | None) -> None:
 
         source = open_source(request.source)
         settings = Settings(source.directory, source.config)
-    check_settings(settings, request.max_context, request.limits)
+        template = source.adapter.chat_template
+    check_settings(settings, request.max_context, request.limits, template)
 
 
 def is_quantized(source: str) -> bool:

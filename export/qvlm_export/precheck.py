@@ -22,12 +22,15 @@ class Settings(Checkpoint):
         self.linears, self.float_linears, self.method_report = {}, {}, {}
 
 
-def check_settings(settings: Checkpoint, max_context: int | None, limits: ImageLimits) -> None:
+def check_settings(
+    settings: Checkpoint, max_context: int | None, limits: ImageLimits, template: str = ""
+) -> None:
     """ExportError or UnsupportedModelError for what the manifest could not be written from: no builder, a context the
     model does not have, image settings that do not fit the tower, limits that fit no image, no end token, no chat
-    template.
+    template. template: the one that quantizing gives to a family without.
     """
     context(settings, max_context)
     image_spec(settings, limits)
     eos_token_ids(settings)
-    chat_template(settings)
+    if not template:
+        chat_template(settings)

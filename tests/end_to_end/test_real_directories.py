@@ -70,9 +70,10 @@ def make_older(family: str, source: Path) -> None:
             (source / "preprocessor_config.json").write_text(json.dumps(images))
         settings.write_text(json.dumps(stored))
     template = source / "chat_template.jinja"
-    place = TEMPLATES[FAMILIES.index(family) % 2]
-    edit(source / place, chat_template=template.read_text())
-    template.unlink()
+    if template.is_file():  # BLIP-2 has none
+        place = TEMPLATES[FAMILIES.index(family) % 2]
+        edit(source / place, chat_template=template.read_text())
+        template.unlink()
     (source / "generation_config.json").unlink(missing_ok=True)
     edit(source / "video_preprocessor_config.json", video_processor_type="Qwen2VLVideoProcessor")
 

@@ -30,6 +30,7 @@ KERNELS = {
     "qwen2_vl": (37, 36, 28),
     "qwen2_5_vl": (38, 36, 28),
     "qwen3_vl": (45, 42, 41),
+    "blip-2": (71, 36, 27),
 }
 # The rest is compiled by tests/bench/family_engines.py.
 ADA = ("smolvlm", "qwen2_5_vl")
