@@ -274,7 +274,7 @@ def main() -> None:
     seeds = range(args.seed, args.seed + args.draws)
     bench = prepare(args.work, args.source, args.samples, seeds, args.eval_samples, args.seed)
     wanted = [("qvlm", method) for method in args.methods]
-    wanted += [(peer, preset) for peer, _, preset in (p.partition(":") for p in args.peers)]
+    wanted += chosen_presets(args.peers)
     for format_ in args.formats:
         for by, what in wanted:
             if by != "qvlm" and what not in presets(by, format_):
@@ -302,6 +302,17 @@ def every_preset() -> list[tuple[str, str]]:
         for name, peer in PEERS.items()
         for preset in dict.fromkeys((*peer.weight_only, *peer.w8a8))
     ]
+
+
+def chosen_presets(names: list[str]) -> list[tuple[str, str]]:
+    """peer:preset, or a peer for all of its presets; SystemExit for a name that is neither."""
+    known = every_preset()
+    found = [[one for one in known if name in (one[0], ":".join(one))] for name in names]
+    for name, chosen in zip(names, found, strict=True):
+        if not chosen:
+            listed = ", ".join(":".join(one) for one in known)
+            raise SystemExit(f"--peers {name}: expected one of {listed}, or a peer's name")
+    return [one for chosen in found for one in chosen]
 
 
 def presets(peer: str, format_: str) -> tuple[str, ...]:
