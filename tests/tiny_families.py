@@ -42,10 +42,10 @@ def questions(family: str) -> list[Question]:
     return tiny_tiles.tiny_questions(2)
 
 
-def quantized(family: str, folder: Path) -> Checkpoint:
-    """w4a16 and an INT8 tower, rounded to nearest, with one golden."""
+def quantized(family: str, folder: Path, method: str = "rtn") -> Checkpoint:
+    """w4a16 and an INT8 tower by ``method``, with one golden."""
     source = write_source(family, folder / "source")
-    recipe = replace(RECIPES["w4a16"], samples=2)
+    recipe = replace(RECIPES["w4a16"], method=method, samples=2)
     out = folder / "checkpoint"
     quantize(str(source), out, recipe, questions=questions(family), goldens=1)
     return Checkpoint(out)

@@ -9,15 +9,11 @@ from __future__ import annotations
 
 import argparse
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 
-from tiny_families import FAMILIES, questions, write_source
+from tiny_families import FAMILIES, quantized
 
-from qvlm.checkpoint import Checkpoint
 from qvlm.progress import silent
-from qvlm.quantize import quantize
-from qvlm.recipe import RECIPES
 from qvlm_export.build import build
 from qvlm_export.targets import named_target
 from qvlm_export.verify import verify_target
@@ -25,10 +21,7 @@ from qvlm_export.verify import verify_target
 
 def measure(family: str, method: str, work: Path) -> str:
     """One family: w4a16 with an INT8 tower, two samples, one golden."""
-    source = write_source(family, work / "source")
-    recipe = replace(RECIPES["w4a16"], method=method, samples=2)
-    quantize(str(source), work / "checkpoint", recipe, questions=questions(family), goldens=1)
-    checkpoint = Checkpoint(work / "checkpoint")
+    checkpoint = quantized(family, work, method)
     spec = build(checkpoint, named_target("ort"), work / "out", None, silent)
     result = verify_target(work / "out", spec, checkpoint, silent)
     held = "all bounds hold" if all(row.passed for row in result.rows) else "a bound is broken"

@@ -96,6 +96,7 @@ def test_cached_steps_equal_one_forward(loaded: Loaded, samples: list[Sample], n
     assert found.logits is not None
     ids = torch.cat([sample.input_ids, found.tokens[:, :-1]], 1)
     whole = model(**{**sample.model_inputs(), "input_ids": ids}).logits[:, -8:]
+    # Float32 sums of a cached forward and a whole one, in another order.
     torch.testing.assert_close(found.logits, whole, atol=1e-5, rtol=1e-5)
     with torch.no_grad():  # the decoder alone, as transformers runs it for text
         if number == 2:
