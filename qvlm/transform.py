@@ -2,8 +2,8 @@
 
 A transform changes float tensors (norm gains and biases, weights of linears and embeddings) so that the model
 computes the same function and its integers lose less. What it decided is a few small arrays (scales, signs); applying
-them is deterministic, so an interrupted run is resumed from the arrays and no changed weight is kept on disk. The
-method named like a transform (``awq``, ``mbq``, ``smoothquant``) begins with it; any method can follow any transform:
+them is deterministic, so an interrupted run is resumed from the arrays and no changed weight is kept on disk. Some
+methods begin with one (``methods.BEGINNINGS``); any method can follow any transform:
 
     {"method": "gptq", "transforms": ["rotate", "awq"], ...}
 
@@ -18,7 +18,7 @@ from typing import Any
 from torch import nn
 
 from qvlm.errors import RecipeError
-from qvlm.methods import TRANSFORMS
+from qvlm.methods import BEGINNINGS, TRANSFORMS
 from qvlm.methods.method import Context, State
 from qvlm.models.adapter import Adapter
 from qvlm.progress import Progress, silent
@@ -26,11 +26,12 @@ from qvlm.recipe import Recipe
 
 
 def chosen(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the transforms a recipe asks for, in order: its own, then the method's."""
+    """Names of the transforms a recipe asks for, in order: its own, then those that its method begins with."""
     own = recipe.transforms
-    return (
-        (*own, recipe.method) if recipe.method in TRANSFORMS and recipe.method not in own else own
-    )
+    begins = [name for name in BEGINNINGS.get(recipe.method, ()) if name not in own]
+    if recipe.options.get("rotations") == []:  # how a recipe leaves a method's rotation out
+        begins = [name for name in begins if name != "rotate"]
+    return (*own, *begins)
 
 
 def check(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:

@@ -1,5 +1,5 @@
-"""METHODS and TRANSFORMS: the name in a recipe -> the method or transform. The contracts are in
-``qvlm.methods.method``.
+"""METHODS and TRANSFORMS: the name in a recipe -> the method or transform; BEGINNINGS: the transforms that a method
+begins with. The contracts are in ``qvlm.methods.method``.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from qvlm.methods import awq, fused, gptaq, gptq, q_vlm, rotate, rtn, smoothquan
 from qvlm.methods.method import Block, BlockResult, Context, Method, State, Transform
 
 __all__ = [
+    "BEGINNINGS",
     "METHODS",
     "TRANSFORMS",
     "Block",
@@ -35,4 +36,11 @@ TRANSFORMS: dict[str, Transform] = {
     "awq": awq.ScaleSearch(awq.OPTIONS),
     "mbq": awq.ScaleSearch(awq.BALANCED),
     "smoothquant": smoothquant.Smoothing(),
+}
+
+BEGINNINGS: dict[str, tuple[str, ...]] = {
+    "fused": ("rotate",),
+    "awq": ("awq",),
+    "mbq": ("mbq",),
+    "smoothquant": ("smoothquant",),
 }

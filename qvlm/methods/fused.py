@@ -1,7 +1,9 @@
-"""fused: the flagship. Scale search, GPTQ on a shifted target, descent, joint rounding; each can be left out.
+"""fused: the flagship. Rotation, scale search, GPTQ on a shifted target, descent, joint rounding; each can be left out.
 
 Objective: the block's output on the quantized stream is the float block's. Every stage lowers a stand-in for it:
 
+0. The float model is rotated (``rotations``, ``methods.rotate``): outlier channels spread over all, so that no group of
+   weights has to reach far for a few of its columns. "auto" is R1 where the model permits it, and R2; [] neither.
 1. Blocks (``partition``): Q-VLM's entropy partition of the decoder, or ``depth`` layers each ("fixed"); one layer per
    block elsewhere.
 2. Each linear of each layer in turn, with H and D on the quantized stream as it now is (``methods.stages``), H shrunk
@@ -78,6 +80,7 @@ from qvlm.methods.block_rounding import BlockLoss, gradient_solver, grid_solver
 from qvlm.methods.block_search import dependencies
 from qvlm.methods.held_out import Best, split
 from qvlm.methods.method import Block, BlockResult, Context, State
+from qvlm.methods.rotate import AUTO
 from qvlm.methods.rtn import quantized_linear
 from qvlm.methods.stages import StagedLayer
 from qvlm.recipe import Recipe, WeightScheme
@@ -161,7 +164,7 @@ class Settings:
 class Fused:
     """The method ``fused``; see the module docstring."""
 
-    options: Mapping[str, Any] = {f.name: f.default for f in fields(Settings)}
+    options: Mapping[str, Any] = {f.name: f.default for f in fields(Settings)} | {"rotations": AUTO}
 
     def prepare(self, context: Context) -> State:
         """Step 1, and the curvature of every quantized linear's tokens if it is asked for."""

@@ -17,8 +17,9 @@ orthogonal Q (``qvlm.rotation``) the stream x becomes x Q, in which they are spr
    that read it. Attention mixes tokens, not channels of a head, so it passes.
 
 Signs are drawn from the recipe's seed; nothing is learned and no sample is read. A tower with LayerNorm subtracts the
-mean of its channels, which a rotation does not pass: only R2 there. A head tied to the embedding is refused: it
-absorbs a gain that the embedding must not have.
+mean of its channels, which a rotation does not pass: only R2 there. A head tied to the embedding is refused R1: it
+absorbs a gain that the embedding must not have. A method that begins with this transform (``fused``) asks for "auto":
+R1 where the model permits it, and R2.
 
 What we do differently: sizes that are no power of two take a cosine transform for their odd part (the papers: tables of
 Hadamard matrices); no rotation that would have to run online (R3, R4).
@@ -44,6 +45,7 @@ from qvlm.rotation import Rotation, random_signs
 
 KINDS = ("residual", "values")
 OPTIONS: Mapping[str, Any] = {"rotations": list(KINDS)}  # R1, R2
+AUTO = "auto"
 
 
 class Rotate:
@@ -53,10 +55,10 @@ class Rotate:
 
     def check(self, model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
         """The option, and what R1 needs."""
-        kinds = _kinds(recipe)
+        kinds = _kinds(recipe, model, adapter)
         if not kinds or isinstance(kinds, str) or set(kinds) - set(KINDS):
             raise RecipeError(
-                f"option rotations: {kinds!r}, expected a list out of {', '.join(KINDS)}"
+                f"option rotations: {kinds!r}, expected {AUTO} or a list out of {', '.join(KINDS)}"
             )
         if "residual" not in kinds:
             return
@@ -74,7 +76,8 @@ class Rotate:
     def find(self, context: Context, progress: Progress) -> State:
         """The signs: "residual" [hidden], "values/<component>" [layers, head width]."""
         generator = torch.Generator().manual_seed(context.recipe.seed)
-        kinds, model, adapter = _kinds(context.recipe), context.model, context.adapter
+        model, adapter = context.model, context.adapter
+        kinds = _kinds(context.recipe, model, adapter)
         state: dict[str, Any] = {}
         if "residual" in kinds and adapter.residual is not None:
             hidden = model.get_parameter(f"{adapter.residual.embedding}.weight").shape[1]
@@ -104,8 +107,13 @@ class Rotate:
         return report
 
 
-def _kinds(recipe: Recipe) -> Any:
-    return recipe.options.get("rotations", OPTIONS["rotations"])
+def _kinds(recipe: Recipe, model: nn.Module, adapter: Adapter) -> Any:
+    """The option; what the model permits for "auto", which is the default where no recipe names the transform."""
+    default = OPTIONS["rotations"] if "rotate" in recipe.transforms else AUTO
+    kinds = recipe.options.get("rotations", default)
+    if kinds != AUTO:
+        return kinds
+    return list(KINDS) if adapter.residual and not adapter.tied(model) else ["values"]
 
 
 def _width(point: Point) -> int:

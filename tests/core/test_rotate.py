@@ -29,6 +29,7 @@ from qvlm.progress import silent
 from qvlm.quantize import quantize
 from qvlm.recipe import LayerRule, Recipe, component_recipe, named_format
 from qvlm.rotation import Rotation, factors, random_signs
+from qvlm.transform import chosen as transforms_of
 from qvlm.trials.job import Job
 
 ADAPTER = ADAPTERS["llava"]
@@ -147,12 +148,33 @@ def test_what_does_not_fold_is_refused() -> None:
     chosen = recipe("w8a8", "rotate")
     with pytest.raises(RecipeError, match=r"no rotation passes the residual stream of llava"):
         resolve(model, replace(ADAPTER, residual=None), chosen)
-    with pytest.raises(RecipeError, match="option rotations: 'values', expected a list"):
+    with pytest.raises(RecipeError, match="option rotations: 'values', expected auto or a list"):
         resolve(model, ADAPTER, chosen.with_options(rotations="values"))
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     with pytest.raises(RecipeError, match=r"lm_head shares the embedding's weight"):
         resolve(model, ADAPTER, chosen)
     resolve(model, ADAPTER, chosen.with_options(rotations=["values"]))
+
+
+def test_a_method_that_begins_with_it_rotates_what_the_model_permits() -> None:
+    model = tiny_llava()
+    begun = component_recipe("w4a16", "float", "float", method="fused")
+
+    def found(recipe: Recipe) -> list[str]:
+        context = replace(tiny_context(recipe, 1), model=model)
+        resolve(model, ADAPTER, recipe)
+        return sorted(
+            key for name in transforms_of(recipe) for key in TRANSFORMS[name].find(context, silent)
+        )
+
+    assert found(begun) == ["residual", "values/text", "values/vision"]
+    assert found(begun.with_options(rotations=["values"])) == ["values/text", "values/vision"]
+    assert found(begun.with_options(rotations=[])) == []
+    model.lm_head.weight = model.model.language_model.embed_tokens.weight
+    assert found(begun) == ["values/text", "values/vision"]
+    # Named by the recipe it has to be possible whole.
+    with pytest.raises(RecipeError, match=r"lm_head shares the embedding's weight"):
+        resolve(model, ADAPTER, replace(begun, transforms=("rotate",)))
 
 
 def test_transforms_follow_each_other_and_survive_an_interrupt(
