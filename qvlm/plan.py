@@ -93,8 +93,8 @@ def resolve(
     check_method(recipe)
     if imported and (names := transform.chosen(recipe)):
         raise RecipeError(
-            f"transforms {', '.join(names)}: change weights that are integers already. Use method rtn, gptq, gptaq or "
-            "q-vlm without transforms, or the float checkpoint."
+            f"transforms {', '.join(names)}: change weights that are integers already. Leave them "
+            "out, with a method that begins with none, or give the float checkpoint."
         )
     transform.check(model, adapter, recipe)
     formats: Formats = {}
@@ -148,6 +148,7 @@ def plan(source: Source, recipe: Recipe) -> Plan:
     model = skeleton(source.directory)
     adapter = source.adapter
     entries = imports(source, model)
+    recipe = transform.fitted(recipe, entries)
     own = resolve(model, adapter, recipe, entries)
     formats = {component: dict(own.get(component, {})) for component in COMPONENTS}
     for name, entry in entries.items():

@@ -44,7 +44,7 @@ from qvlm.plan import Formats, Plan, plan, resolve
 from qvlm.progress import Progress, silent
 from qvlm.recipe import COMPONENTS, EMBEDDING, Recipe
 from qvlm.source import Loaded, Source, imports, load, open_source, skeleton
-from qvlm.transform import transform
+from qvlm.transform import fitted, transform
 from qvlm.workdir import WorkDirectory, digest
 
 __all__ = ["Plan", "build_samples", "plan", "quantize"]
@@ -88,7 +88,9 @@ def quantize(
     work = WorkDirectory(output, resume)
     source = open_source(source) if isinstance(source, str) else source
     tree = skeleton(source.directory)
-    formats = resolve(tree, source.adapter, recipe, imports(source, tree))
+    integers = imports(source, tree)
+    recipe = fitted(recipe, integers)
+    formats = resolve(tree, source.adapter, recipe, integers)
     chosen = questions if questions is not None else calibration(calib, recipe.samples, recipe.seed)
     loaded = load(source, progress)
     run = _Run(source, loaded, recipe, formats, progress)

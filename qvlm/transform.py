@@ -12,7 +12,7 @@ The contract is ``qvlm.methods.method.Transform``; this file knows the order.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 from torch import nn
@@ -32,6 +32,16 @@ def chosen(recipe: Recipe) -> tuple[str, ...]:
     if recipe.options.get("rotations") == []:  # how a recipe leaves a method's rotation out
         begins = [name for name in begins if name != "rotate"]
     return (*own, *begins)
+
+
+def fitted(recipe: Recipe, imported: Collection[str]) -> Recipe:
+    """The recipe for a model of which these linears are integers already: without the rotations that its method would
+    begin with unasked, as they change weights.
+    """
+    asked = "rotate" in recipe.transforms or "rotations" in recipe.options
+    if imported and not asked and "rotate" in BEGINNINGS.get(recipe.method, ()):
+        return recipe.with_options(rotations=[])
+    return recipe
 
 
 def check(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:

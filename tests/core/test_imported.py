@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -177,6 +178,11 @@ def test_a_transform_may_not_change_stored_integers(source: Path, tmp_path: Path
     recipe = component_recipe("w4a16", "w8a8", "w8a8", transforms=("rotate",))
     with pytest.raises(QvlmError, match="change weights that are integers already"):
         run(tmp_path / "in", tmp_path / "out", recipe)
+    # A method that would rotate by itself does not, unless it is asked to.
+    unasked = replace(recipe, method="fused", transforms=())
+    assert plan(open_source(str(tmp_path / "in")), unasked).method == "fused"
+    with pytest.raises(QvlmError, match="change weights that are integers already"):
+        plan(open_source(str(tmp_path / "in")), unasked.with_options(rotations=["values"]))
 
 
 def test_trials_of_formats_want_float_weights(source: Path, tmp_path: Path) -> None:
