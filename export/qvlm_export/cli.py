@@ -94,7 +94,7 @@ def _export_parser() -> Command:
         metavar="NAME|FILE",
         help=f"{', '.join(RECIPES)}, or a JSON file",
     )
-    add("--method", metavar="M", help="default: q-vlm for a named recipe, else what the file says")
+    add("--method", metavar="M", help="default: fused for a named recipe, else what the file says")
     add(
         "--calib",
         metavar="PATH",
@@ -144,7 +144,7 @@ def _export_parser() -> Command:
 def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
     """The recipe by its name or file, or the best one within the budget, under what the arguments override."""
     recipe = load_recipe(args.recipe)
-    method = args.method or ("q-vlm" if args.recipe in RECIPES else None)
+    method = args.method or ("fused" if args.recipe in RECIPES else None)
     given = {"method": method, "samples": args.samples, "seed": args.seed}
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     if (budget := budget_of(args)) is None:

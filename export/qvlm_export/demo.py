@@ -1,7 +1,7 @@
 """``make demo``: the embedded demo model through every stage, and what came of it.
 
 1. Export it in float, as the reference: OUT/float.
-2. Export it with INT4 decoder and INT8 vision tower by Q-VLM: OUT/w4a16, for ONNX Runtime and, where its wheels are
+2. Export it with INT4 decoder and INT8 vision tower by fused: OUT/w4a16, for ONNX Runtime and, where its wheels are
    installed, compiled ahead of time by TensorRT for RTX.
 3. Answer held-out questions with both through the runtime, and the showcase questions in words.
 """
@@ -44,7 +44,7 @@ def run(out: Path, progress: Progress, say: Say) -> Result:
         Request("demo", float_recipe, (TARGET,)), out / "float", overwrite=True, progress=progress
     )
     questions = evaluation("demo", QUESTIONS, SEED)
-    recipe = replace(RECIPES["w4a16"], method="q-vlm")
+    recipe = replace(RECIPES["w4a16"], method="fused")
     rtx = importlib.util.find_spec("tensorrt_rtx_bindings") is not None
     targets, capabilities = ((TARGET, "rtx"), (86,)) if rtx else ((TARGET,), ())
 

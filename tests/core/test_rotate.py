@@ -170,6 +170,7 @@ def test_a_method_that_begins_with_it_rotates_what_the_model_permits() -> None:
     assert found(begun) == ["residual", "values/text", "values/vision"]
     assert found(begun.with_options(rotations=["values"])) == ["values/text", "values/vision"]
     assert found(begun.with_options(rotations=[])) == []
+    assert found(component_recipe("float", "float", "float", method="fused")) == []
     model.lm_head.weight = model.model.language_model.embed_tokens.weight
     assert found(begun) == ["values/text", "values/vision"]
     # Named by the recipe it has to be possible whole.
