@@ -24,6 +24,11 @@ from pathlib import Path
 from qvlm_runtime.errors import SessionError
 
 
+def kept_graph(path: Path, folder: Path, version: str, accuracy_level: int) -> Path:
+    """Where ``folder`` keeps, or would keep, the prepared form of the graph at ``path``."""
+    return folder / f"{path.stem}-{_key(path, version, accuracy_level)}" / path.name
+
+
 def prepared_graph(
     path: Path,
     folder: Path,
@@ -36,8 +41,7 @@ def prepared_graph(
     write: gets the path to write the graph to, its data beside it, and the accuracy level. Several processes may do
     this at once: the first to finish is kept. SessionError if the folder cannot be written.
     """
-    kept = folder / f"{path.stem}-{_key(path, version, accuracy_level)}"
-    graph = kept / path.name
+    graph = kept_graph(path, folder, version, accuracy_level)
     if graph.is_file():
         return graph
     try:
@@ -45,7 +49,7 @@ def prepared_graph(
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
             write(Path(unfinished) / path.name, accuracy_level)
             try:
-                os.rename(unfinished, kept)
+                os.rename(unfinished, graph.parent)
             except OSError:
                 if not graph.is_file():  # else another process was first
                     raise

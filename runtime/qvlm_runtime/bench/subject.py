@@ -20,8 +20,9 @@ import numpy as np
 from qvlm_runtime.backend import FAST
 from qvlm_runtime.bench.plan import Case
 from qvlm_runtime.errors import PromptError
+from qvlm_runtime.loading import load
 from qvlm_runtime.manifest import read_manifest, verify_files
-from qvlm_runtime.model import Model, load
+from qvlm_runtime.model import Model
 
 Clock = Callable[[], float]
 _CHUNK = 256  # tokens of one prefill while a cache is filled
