@@ -22,6 +22,7 @@ from qvlm_runtime import cuda
 from qvlm_runtime.backend import Array, Binding, Buffer, DeviceArray, TensorInfo
 from qvlm_runtime.cores import thread_limit
 from qvlm_runtime.errors import SessionError
+from qvlm_runtime.freed_memory import give_back
 from qvlm_runtime.prepared import kept_graph, prepared_entries, prepared_graph
 
 _DTYPES = {
@@ -186,6 +187,7 @@ class OrtSession:
                 f"{path}: ONNX Runtime {self._version} cannot start {provider}, expected a GPU, its "
                 "driver, CUDA and cuDNN. Use the backend 'ort' here."
             )
+        give_back()
         self.inputs = {t.name: _info(t) for t in self._native.get_inputs()}
         self.outputs = {t.name: _info(t) for t in self._native.get_outputs()}
         self._output_names = list(self.outputs)
