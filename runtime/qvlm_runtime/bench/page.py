@@ -28,6 +28,7 @@ table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
 th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
 th{color:var(--soft);font-weight:600}
 th:first-child,td:first-child{text-align:left}
+td{white-space:nowrap}
 svg text{font:13px system-ui,sans-serif;fill:var(--ink)}
 svg text.soft{fill:var(--soft)}
 svg .grid{stroke:var(--line);fill:none}
@@ -126,12 +127,13 @@ def _first_token(subjects: Sequence[Any], imported: Sequence[Any]) -> str:
         for case in subject["cases"]:
             parts = {p: max(0.0, case["first_token"][p]["median"]) for p in PARTS}
             whole = case["first_token"]["whole"]["median"]
-            note = f"{1e3 * whole:.1f} ms · {case['total_prompt_tokens']} tokens"
+            tokens, images = case["total_prompt_tokens"], case["images"]
+            note = f"{_short(1e3 * whole)[0]} ms · {tokens:,} tokens, {images} image{'s' * (images != 1)}"
             rows.append(Bar(_name(subject), parts, note))
     for one in imported:
         if one["first_token"]:
             whole = sum(one["first_token"].values())
-            note = f"{1e3 * whole:.1f} ms · {one['tool']}"
+            note = f"{_short(1e3 * whole)[0]} ms · {one['tool']}"
             rows.append(Bar(one["name"], one["first_token"], note, theirs=True))
     return bars("time to the first token by part", rows, PARTS)
 
@@ -284,10 +286,15 @@ def _imported(rows: Sequence[Any]) -> str:
 
 def _ms(figure: Mapping[str, float]) -> str:
     """Median and half-width of the interval, in milliseconds; one sample has no interval."""
-    if not figure["coverage"]:
-        return f"{1e3 * figure['median']:.2f}"
-    half = (figure["high"] - figure["low"]) / 2
-    return f"{1e3 * figure['median']:.2f} ± {1e3 * half:.2f}"
+    median, half = 1e3 * figure["median"], 1e3 * (figure["high"] - figure["low"]) / 2
+    text, digits = _short(median)
+    return text + (f" ± {half:,.{digits}f}" if figure["coverage"] else "")
+
+
+def _short(value: float) -> tuple[str, int]:
+    """Three or more digits of a number, at most two behind the point; and how many behind it."""
+    digits = max(0, min(2, 3 - len(str(int(value)))))
+    return f"{value:,.{digits}f}", digits
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
