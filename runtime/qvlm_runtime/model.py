@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from qvlm_runtime.aio import AsyncStream
 from qvlm_runtime.backend import DeviceArray, Session, as_host
 from qvlm_runtime.budget import CacheBudget
-from qvlm_runtime.chat import ChatTemplate, Message, chat
+from qvlm_runtime.chat import ChatTemplate, Message, chat, check_list
 from qvlm_runtime.context import Context
 from qvlm_runtime.conversation import Conversation, WhenFull
 from qvlm_runtime.decoder import Decoder, Features
@@ -196,7 +196,10 @@ class Model:
         return found
 
     def pictures(self, images: Sequence[Any]) -> tuple[Picture, ...]:
-        """Preprocess images, each once; a Picture is passed on as it is. ImageError."""
+        """Preprocess images, each once; a Picture is passed on as it is. ImageError, or PromptError
+        for an image without a list around it.
+        """
+        check_list(images)
         return tuple(
             source if isinstance(source, Picture) else self._picture(source, f"image {i + 1}")
             for i, source in enumerate(images)
