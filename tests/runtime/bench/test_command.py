@@ -151,7 +151,7 @@ def test_the_page_marks_throttling_and_draws_energy(run: dict) -> None:
     data["power"]["sources"] = [{"source": "INA3221", "rails": ["VDD_IN"], "total": ["VDD_IN"]}]
     data["limits"] = {"1": {"read": 1e10, "product": 1e11}}
     text = to_html(data)
-    assert "Throttled in 1 of 6 rounds (threads 1): oc3 rose by 4." in text
+    assert "Throttled in 1 of 6 rounds (threads: 1): oc3 rose by 4." in text
     page = _Page()
     page.feed(text)
     assert page.svgs == 5 and "0.25 J, 0.1 above idle" in text
