@@ -2,9 +2,10 @@
 
 Opening a graph, ONNX Runtime fuses it and packs its weights for this processor: most of the load time, and memory
 for a second copy of what it packs. Both can be done once: the fused graph and the packed weights are written to a
-folder, and a later start maps them. Measured on a decoder of 49 million weights at w4a16: a quarter of the processor
-time to open, 12 MB resident instead of 48; the files take about as much disk as the graph's, and making them takes
-about twice the memory of a plain load, once.
+folder, and a later start maps them. Measured on a decoder of 1.1 billion weights at w4a16: a quarter of the time to
+open, 0.10 GB resident instead of 0.67. Of what is left half is packing still, piece by piece: ONNX Runtime finds the
+packed form in the file by the hash of what it packed. The files take up to twice the disk of the graph's, which they
+hold too, and making them takes about twice the memory of a plain load, once.
 
 What is kept holds for one graph, one version of ONNX Runtime, one processor and one accuracy level; all four make its
 name, so a change makes a new one and an old one is never opened. Old ones are not deleted. The folder is trusted: keep
