@@ -21,7 +21,8 @@ from qvlm_runtime.errors import (
 )
 from qvlm_runtime.features import FeatureCache
 from qvlm_runtime.generate import Timings
-from qvlm_runtime.model import Model, load
+from qvlm_runtime.loading import load
+from qvlm_runtime.model import Model
 from qvlm_runtime.options import Options
 from qvlm_runtime.sample import Score
 from qvlm_runtime.stream import Generation, Stream

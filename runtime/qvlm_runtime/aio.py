@@ -6,13 +6,15 @@ frees the answer's cache; nothing is left to do for the caller.
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import Executor
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from qvlm_runtime.stream import Generation, Stream
+
+if TYPE_CHECKING:  # an application without an event loop does not pay for one at its start
+    import asyncio
+    from concurrent.futures import Executor
 
 Value = TypeVar("Value")
 
@@ -68,6 +70,8 @@ class AsyncStream(AsyncIterator[str]):
 
     async def aclose(self) -> None:
         """Cancel, wait for the step that is running, and free the cache."""
+        import asyncio
+
         self.cancel()
         if self._running is not None:
             await asyncio.wait([self._running])
@@ -89,6 +93,8 @@ class AsyncStream(AsyncIterator[str]):
         return piece
 
     async def _in_thread(self, work: Callable[[], Value]) -> Value:
+        import asyncio
+
         future = asyncio.get_running_loop().run_in_executor(self._executor, work)
         self._running = future
         future.add_done_callback(_retrieve)

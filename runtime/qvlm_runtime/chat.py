@@ -44,6 +44,7 @@ def chat(prompt: str | Sequence[Message], images: Sequence[Any] = ()) -> Chat:
     its form: content is a string or a list of parts; an image part without an image of its own
     takes the next of ``images``. PromptError if the counts differ or a part is malformed.
     """
+    check_list(images)
     if isinstance(prompt, str):
         parts = [{"type": "image"} for _ in images] + [{"type": "text", "text": prompt}]
         return Chat([{"role": "user", "content": parts}], list(images))
@@ -73,6 +74,14 @@ def chat(prompt: str | Sequence[Message], images: Sequence[Any] = ()) -> Chat:
             'Add a {"type": "image"} part for each image.'
         )
     return Chat(messages, used)
+
+
+def check_list(images: Any) -> None:
+    """PromptError for one image where a list of them is expected: a path is a list of letters."""
+    if isinstance(images, str | bytes) or not isinstance(images, Sequence):
+        raise PromptError(
+            f"images: {type(images).__name__}, expected a list of images. Put one image into a list."
+        )
 
 
 def _part(part: Any, where: str, waiting: list[Any], used: list[Any]) -> dict[str, str]:

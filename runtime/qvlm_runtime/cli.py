@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qvlm_runtime.backend import BACKENDS, EXACT, FAST
 from qvlm_runtime.errors import PromptError, RuntimeFault
-from qvlm_runtime.model import load
+from qvlm_runtime.loading import load
 from qvlm_runtime.stream import Generation
 
 

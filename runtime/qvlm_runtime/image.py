@@ -126,6 +126,10 @@ def rgb(source: Any, spec: PixelSpec, where: str) -> NDArray[np.uint8]:
             f"{where}: mode {image.mode} gives {array.dtype} {array.shape}, expected RGB. "
             'Convert it with image.convert("RGB").'
         )
+    if not array.size:
+        raise ImageError(
+            f"{where}: {image.width} x {image.height} pixels, expected at least one. Leave it out."
+        )
     return array
 
 

@@ -1,4 +1,4 @@
-"""A loaded model folder: prompt and images in, text out. ``load`` opens it, ``Model`` answers.
+"""A loaded model folder: prompt and images in, text out. ``load`` (loading.py) opens it, ``Model`` answers.
 
 A Model may answer several questions at once, from several threads; what belongs to one answer lives
 in its Stream, what belongs to a conversation in its Conversation. The image-feature cache and the
@@ -7,50 +7,38 @@ budget of cache memory are shared, and lock themselves.
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qvlm_runtime.aio import AsyncStream
-from qvlm_runtime.backend import (
-    FAST,
-    PLAN_BACKENDS,
-    DeviceArray,
-    Session,
-    as_host,
-    missing_tensors,
-    open_session,
-)
+from qvlm_runtime.backend import DeviceArray, Session, as_host
 from qvlm_runtime.budget import CacheBudget
-from qvlm_runtime.chat import ChatTemplate, Message, chat
+from qvlm_runtime.chat import ChatTemplate, Message, chat, check_list
 from qvlm_runtime.context import Context
 from qvlm_runtime.conversation import Conversation, WhenFull
 from qvlm_runtime.decoder import Decoder, Features
 from qvlm_runtime.device_array import device_array
-from qvlm_runtime.engines import GRAPHS, Choice, choose
 from qvlm_runtime.errors import ImageError, PromptError
 from qvlm_runtime.features import FeatureCache, Picture
 from qvlm_runtime.generate import Timings, never, new_token_limit
 from qvlm_runtime.grammar import JsonGrammars
 from qvlm_runtime.image import whole_layout
 from qvlm_runtime.image_spec import Layout, WholeImage
-from qvlm_runtime.manifest import Manifest, read_manifest, verify_files
+from qvlm_runtime.manifest import Manifest
 from qvlm_runtime.options import OptionArguments, Options
 from qvlm_runtime.positions import prompt_positions
 from qvlm_runtime.prompt import Prompt, prompt_tokens
 from qvlm_runtime.stream import Generation, Request, Stream
 from qvlm_runtime.tokenizer import Tokenizer
-from qvlm_runtime.vision import extremes, input_shapes, prepare
+from qvlm_runtime.vision import extremes, prepare
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 Question = str | Sequence[Message]
-_TEXT_FILES = ("tokenizer.json", "chat_template.jinja")
 
 
 @dataclass(eq=False)
@@ -208,7 +196,10 @@ class Model:
         return found
 
     def pictures(self, images: Sequence[Any]) -> tuple[Picture, ...]:
-        """Preprocess images, each once; a Picture is passed on as it is. ImageError."""
+        """Preprocess images, each once; a Picture is passed on as it is. ImageError, or PromptError
+        for an image without a list around it.
+        """
+        check_list(images)
         return tuple(
             source if isinstance(source, Picture) else self._picture(source, f"image {i + 1}")
             for i, source in enumerate(images)
@@ -298,80 +289,6 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
-
-
-def load(
-    folder: str | os.PathLike[str],
-    target: str | None = None,
-    *,
-    backend: str | None = None,
-    threads: int | None = None,
-    accuracy_level: int = FAST,
-    verify: bool = True,
-    prepared: str | os.PathLike[str] | None = None,
-    cache_limit: int | None = None,
-    feature_cache: FeatureCache | None = None,
-) -> Model:
-    """Open a folder written by qvlm-export.
-
-    target: None takes one with engines for this GPU, else "ort", else the only one. backend: "ort",
-    "ort-cuda", "tensorrt" or "tensorrt-rtx"; None takes engines where this machine has a GPU and a
-    TensorRT that they were built for, else ONNX Runtime on the CPU. threads: None leaves the number
-    to the engine. accuracy_level: 4 (fast) or 1 (exact), see backend.py. verify: compare the
-    sha256 of every file that is opened with the manifest; False saves that read of the folder when
-    the application has done it before. prepared: a folder where ONNX Runtime keeps its own form
-    of the graphs for the CPU, so that the next load is faster and takes less memory, see
-    prepared.py; no other backend uses it.
-    cache_limit: bytes that the key/value caches of all answers and conversations may take at once;
-    None refuses none. feature_cache: None makes one of 128 MiB.
-
-    FolderError or SessionError.
-    """
-    root = Path(folder)
-    manifest = read_manifest(root)
-    choice = choose(root, manifest, target, backend)
-    spec = manifest.targets[choice.target]
-    if verify:
-        verify_files(root, manifest, _opened_files(manifest, choice))
-    tokenizer = Tokenizer(root / _TEXT_FILES[0])
-    template = ChatTemplate(root / _TEXT_FILES[1], manifest.model.template_tokens)
-    paths = {graph: root / choice.paths[graph] for graph in GRAPHS}
-    kept = None if prepared is None else Path(prepared)
-
-    def opened(graph: str) -> Session:
-        return open_session(
-            paths[graph],
-            threads=threads,
-            accuracy_level=accuracy_level,
-            backend=choice.backend,
-            prepared=kept,
-        )
-
-    vision = opened("vision")
-    inputs = input_shapes(manifest.image, extremes(manifest.image)[0])
-    missing_tensors(vision, str(paths["vision"]), list(inputs), ["image_features"])
-    decoder = Decoder(opened("decoder"), manifest.model, spec, str(paths["decoder"]))
-    return Model(
-        manifest,
-        choice.target,
-        tokenizer,
-        template,
-        vision,
-        decoder,
-        choice.backend,
-        FeatureCache() if feature_cache is None else feature_cache,
-        CacheBudget(cache_limit),
-    )
-
-
-def _opened_files(manifest: Manifest, choice: Choice) -> list[str]:
-    """Text files, the graphs with what lies beside them (their external data), or the plans."""
-    opened = [choice.paths[graph] for graph in GRAPHS]
-    beside: list[str] = []
-    if choice.backend not in PLAN_BACKENDS:
-        folders = {PurePosixPath(path).parent for path in opened}
-        beside = [path for path in manifest.files if PurePosixPath(path).parent in folders]
-    return list(dict.fromkeys([*_TEXT_FILES, *opened, *beside]))
 
 
 def _feature_salt(manifest: Manifest, target: str, backend: str) -> str:

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import TypedDict
 
 from qvlm_runtime.errors import PromptError
 from qvlm_runtime.grammar import Schema
-from qvlm_runtime.sample import Sampling
+from qvlm_runtime.sample import Sampling, check_numbers
 
 
 @dataclass(frozen=True)
@@ -35,6 +36,8 @@ class Options(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_numbers(self, ("max_new_tokens", "prefill_chunk"), Integral)
+        check_numbers(self, ("timeout",), Real)
         if isinstance(self.stop, str) or not all(self.stop):
             raise PromptError(f"stop: got {self.stop!r}, expected a list of non-empty strings.")
         if self.timeout is not None and not (math.isfinite(self.timeout) and self.timeout > 0):

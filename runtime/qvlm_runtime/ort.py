@@ -22,7 +22,8 @@ from qvlm_runtime import cuda
 from qvlm_runtime.backend import Array, Binding, Buffer, DeviceArray, TensorInfo
 from qvlm_runtime.cores import thread_limit
 from qvlm_runtime.errors import SessionError
-from qvlm_runtime.prepared import prepared_entries, prepared_graph
+from qvlm_runtime.freed_memory import give_back
+from qvlm_runtime.prepared import kept_graph, prepared_entries, prepared_graph
 
 _DTYPES = {
     "tensor(float)": "float32",
@@ -186,6 +187,7 @@ class OrtSession:
                 f"{path}: ONNX Runtime {self._version} cannot start {provider}, expected a GPU, its "
                 "driver, CUDA and cuDNN. Use the backend 'ort' here."
             )
+        give_back()
         self.inputs = {t.name: _info(t) for t in self._native.get_inputs()}
         self.outputs = {t.name: _info(t) for t in self._native.get_outputs()}
         self._output_names = list(self.outputs)
@@ -286,6 +288,15 @@ def _entries(accuracy_level: int) -> dict[str, str]:
         # where VNNI or AMX is present.
         "session.x64quantprecision": "1",
     }
+
+
+def has_prepared(path: Path, folder: Path, accuracy_level: int) -> bool:
+    """Whether ``folder`` holds the prepared form of the graph at ``path`` for this machine."""
+    try:
+        import onnxruntime
+    except ImportError:  # opening the graph says so
+        return False
+    return kept_graph(path, folder, onnxruntime.__version__, accuracy_level).is_file()
 
 
 def executed_operators(

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Protocol
 
 import numpy as np
@@ -21,6 +22,14 @@ from qvlm_runtime.errors import PromptError, SessionError
 from qvlm_runtime.penalties import Logits
 
 _FIRST_NUCLEUS = 1024  # candidates sorted first for top-p; most nuclei are smaller
+_REALS = (
+    "temperature",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
 _LARGEST_BIAS = 1e4  # far beyond any logit, and finite in float32 after every other step
 
 
@@ -70,6 +79,8 @@ class Sampling:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_numbers(self, ("top_k", "logprobs", "seed"), Integral)
+        check_numbers(self, _REALS, Real)
         for name, holds, wants in (
             ("temperature", self.temperature >= 0, "a number of at least 0"),
             ("top_k", self.top_k >= 0, "an integer of at least 0 (0: all tokens)"),
@@ -85,7 +96,8 @@ class Sampling:
             if not holds or (value is not None and not math.isfinite(value)):
                 raise PromptError(f"{name}: got {value!r}, expected {wants}.")
         for token, amount in self.logit_bias.items():
-            if token < 0 or not abs(amount) <= _LARGEST_BIAS:
+            numbers = isinstance(token, Integral) and isinstance(amount, Real)
+            if not numbers or token < 0 or not abs(amount) <= _LARGEST_BIAS:
                 raise PromptError(
                     f"logit_bias: got {token!r}: {amount!r}, expected a token id and a number "
                     f"between -{_LARGEST_BIAS:g} and {_LARGEST_BIAS:g}."
@@ -96,6 +108,15 @@ class Sampling:
     ) -> Chooser:
         """The state of one generation: its random generator and what it has said."""
         return Chooser(self, prompt_ids, constraint)
+
+
+def check_numbers(options: Sampling, names: Sequence[str], kind: type) -> None:
+    """PromptError for the first of these fields that is neither None nor of the kind."""
+    for name in names:
+        value = getattr(options, name)
+        if value is not None and not isinstance(value, kind):
+            wants = "an integer" if kind is Integral else "a number"
+            raise PromptError(f"{name}: got {value!r}, expected {wants}.")
 
 
 class Chooser:

@@ -8,36 +8,47 @@ packed. Decode and prefill of the 1.1B shape at w4a16; speeds are against the ru
                     program gets the core meanwhile
     stop spinning   threads spin inside a run and sleep as soon as it ends: for applications that do other work
                     between two tokens on the same cores
+    spin 50 us      threads that wait sleep after 50 microseconds
+    spin backoff 8  threads that wait look less and less often, up to 8 pauses of the processor between two looks
+    no arena        memory of activations comes from the system's allocator at every step
+    no memory pattern  places of activations are not planned for a repeated shape
+    parallel prepacking  weights are packed by all threads at once when the graph is opened
     block base 4    a product is cut into more, uneven pieces: for cores of unequal speed (big.LITTLE)
     no prepacking   weights are not packed when the graph is opened: INT4 products then take many times as long
     prepared        the packed form is mapped from disk, see qvlm_runtime/prepared.py
 
-Run: python tests/bench/threads.py --work DIR [--layers 22] [--rounds 9]   (DIR as for decode_peers.py)
+Run: python tests/bench/threads.py --work DIR [--layers 22] [--rounds 9] [--only NAME ...]
+DIR is as for decode_peers.py. With --json a run that was ended goes on, as decode_peers.py does.
 """
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import sys
 from pathlib import Path
 
 from decode import Shape
-from decode_peers import Runner, measure, row, show, write_ours
+from peer_models import write_ours
+from turns import Kept, Runner, arguments, measure, row, show
 
 from qvlm_runtime.bench.floors import measure_limits
 from qvlm_runtime.bench.weights import graph_weights
 
 
 def settings(models: Path, cores: int) -> dict[str, tuple[int, dict[str, str]]]:
-    """Name -> threads and session config entries; the runtime's default first."""
+    """Name -> threads and ONNX Runtime's settings; the runtime's default first."""
     counts = sorted({1, 2, max(1, cores // 2), cores, 2 * cores})
     return {
         "default": (0, {}),
         **{f"threads {n}": (n, {}) for n in counts},
         "no spinning": (0, {"session.intra_op.allow_spinning": "0"}),
         "stop spinning": (0, {"session.force_spinning_stop": "1"}),
+        "spin 50 us": (0, {"session.intra_op.spin_duration_us": "50"}),
+        "spin backoff 8": (0, {"session.intra_op.spin_backoff_max": "8"}),
+        "no arena": (0, {"enable_cpu_mem_arena": "0"}),
+        "no memory pattern": (0, {"enable_mem_pattern": "0"}),
+        "parallel prepacking": (0, {"session.prepack.enable_parallel": "1"}),
         "block base 4": (0, {"session.dynamic_block_base": "4"}),
         "no prepacking": (0, {"session.disable_prepacking": "1"}),
         "prepared": (0, {"prepared": str(models / "prepared")}),
@@ -45,41 +56,37 @@ def settings(models: Path, cores: int) -> dict[str, tuple[int, dict[str, str]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--work", type=Path, required=True)
-    add("--layers", type=int, default=22)
-    add("--hidden", type=int, default=2048)
-    add("--prompt", type=int, default=128)
-    add("--steps", type=int, default=24)
-    add("--rounds", type=int, default=9)
-    add("--json", type=Path)
+    parser = arguments(__doc__)
+    parser.add_argument("--only", nargs="+", metavar="NAME", help="these settings beside default")
     args = parser.parse_args()
     shape = Shape.scaled(args.layers, args.hidden)
     models = args.work.resolve() / f"models-{args.layers}x{args.hidden}"
     base, cores = write_ours(models / "ours", shape), len(os.sched_getaffinity(0))
-    bandwidth = measure_limits(cores).read
+    kept = Kept(
+        args.json, {"cores": cores, "prompt": args.prompt, "steps": args.steps, "only": args.only}
+    )
+    kept.bandwidth = max(kept.bandwidth, measure_limits(cores).read)
     nbytes = graph_weights(models / "ours/decoder.onnx").nbytes
     runners = list[Runner]()
     for name, (threads, entries) in settings(models, cores).items():
-        arguments = [*base, str(threads), json.dumps(entries)]
-        for take in range(
-            2 if name == "prepared" else 1
-        ):  # the first start makes what the second maps
-            runner = Runner(name, Path(sys.executable), "ours.py", arguments)
+        if args.only and name not in ("default", *args.only):
+            continue
+        given = [*base, str(threads), json.dumps(entries)]
+        # The first start makes what the second maps.
+        for take in range(2 if name == "prepared" else 1):
+            runner = Runner(name, Path(sys.executable), "ours.py", given)
+            kept.resume([runner])
             runner.loads.append(runner.call("load"))
             if name == "prepared" and take == 0:
                 runner.close()
         runners.append(runner)
-    measure(runners, shape, args.prompt, args.steps, args.rounds)
-    rows = [row(r, runners[0], args.prompt, nbytes, bandwidth) for r in runners]
+    measure(runners, shape, args.prompt, args.steps, args.rounds, lambda: kept.write(runners))
+    rows = [row(r, runners[0], args.prompt, nbytes, kept.bandwidth) for r in runners]
     for runner in runners:
         runner.close()
-    print(f"{cores} cores; read bandwidth {bandwidth / 1e9:.1f} GB/s")
+    kept.write(runners, rows=rows)
+    print(f"{cores} cores; read bandwidth {kept.bandwidth / 1e9:.1f} GB/s")
     show(rows, "decode time over default's, prefill")
-    if args.json:
-        result = {"cores": cores, "bandwidth": bandwidth, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ python -m pytest tests/runtime/test_chat.py
 """
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -149,8 +150,12 @@ def test_strings_are_kept_as_strings() -> None:
         ([{"role": "user", "content": [3]}], [], r"content\[0\]: expected"),
         ([{"role": "user", "content": [{"type": "image"}]}], [], "no image is left"),
         ([{"role": "user", "content": "x"}], ["a", "b"], "2 images given, 0 used"),
+        ("x", "door.jpg", "images: str, expected a list"),
+        ("x", b"\xff\xd8", "images: bytes, expected a list"),
+        ("x", Path("door.jpg"), "images: PosixPath, expected a list"),
+        ("x", Image.new("RGB", (1, 1)), "images: Image, expected a list"),
     ],
 )
-def test_malformed_messages_say_where(prompt: list, images: list, message: str) -> None:
+def test_malformed_messages_say_where(prompt: list, images: Any, message: str) -> None:
     with pytest.raises(PromptError, match=message):
         chat(prompt, images)

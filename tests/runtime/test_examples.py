@@ -6,9 +6,11 @@ import importlib.util
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,3 +136,26 @@ def test_the_batch_job_goes_on_where_it_was_cut(folder: Path, model: Model, tmp_
     assert cut.read_bytes() == whole.read_bytes()
     printed, progress = as_script("batch_folder", str(folder), str(images), str(cut), "What?")
     assert printed == "" and progress == "\n", "nothing is left to do"
+
+
+def test_the_batch_job_that_is_killed_goes_on_and_asks_nothing_twice(
+    folder: Path, model: Model, tmp_path: Path
+) -> None:
+    images, whole, killed = tmp_path / "images", tmp_path / "whole.jsonl", tmp_path / "killed.jsonl"
+    images.mkdir()
+    for n in range(40):
+        (images / f"{n:03}.png").write_bytes(png(n))
+    process = subprocess.Popen(
+        [sys.executable, str(EXAMPLES / "batch_folder.py"), folder, images, killed, "What?"],
+        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    while process.poll() is None and (not killed.exists() or killed.read_bytes().count(b"\n") < 3):
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL, "it was still at work"
+    done = killed.read_bytes().count(b"\n")
+    assert 3 <= done < 40
+    job, told = example("batch_folder"), list[str]()
+    assert job.run(model, images, killed, "What?", told.append) == 40 - done
+    assert job.run(model, images, whole, "What?", told.append) == 40
+    assert killed.read_bytes() == whole.read_bytes()

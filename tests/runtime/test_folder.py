@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from runtime_support import write_folder
 
-from qvlm_runtime import FolderError, load
+from qvlm_runtime import FolderError, SessionError, load
 from qvlm_runtime.manifest import Manifest, read_manifest, verify_files
 
 
@@ -60,6 +60,23 @@ def test_one_flipped_bit_is_found(folder: Path, name: str) -> None:
     data[len(data) // 2] ^= 1
     path.write_bytes(data)
     assert f"{path}: sha256 differs" in refusal(folder)
+
+
+def test_a_damaged_file_is_named_before_the_graph_that_it_breaks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Sessions open while the weights are hashed; the hash is the reason that is given."""
+    (folder / "ort/vision.onnx.data").write_bytes(
+        bytes((folder / "ort/vision.onnx.data").stat().st_size)
+    )
+
+    def fails(path: Path, **_: object) -> None:
+        raise SessionError(f"{path}: cannot open")
+
+    monkeypatch.setattr("qvlm_runtime.loading.open_session", fails)
+    assert "vision.onnx.data: sha256 differs" in refusal(folder)
+    with pytest.raises(SessionError, match="cannot open"):
+        load(folder, verify=False)
 
 
 def test_a_flipped_bit_in_another_target_is_not_read(folder: Path) -> None:

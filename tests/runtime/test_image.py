@@ -198,6 +198,14 @@ def test_a_sliver_that_resizing_would_blow_up_is_refused() -> None:
     assert "Crop the image first" in refusal(sliver, spec)
 
 
+@pytest.mark.parametrize("shape", [(0, 4, 3), (4, 0, 3), (0, 0)])
+def test_an_image_without_pixels_is_refused(shape: tuple[int, ...]) -> None:
+    for resize in (("exact", 8, 8), ("shortest_edge", 8)):
+        spec = whole(resize, (8, 8), 3, RESCALE, MEAN, STD)
+        line = refusal(np.zeros(shape, np.uint8), spec)
+        assert f"{shape[1]} x {shape[0]} pixels, expected at least one" in line
+
+
 def test_a_mode_without_three_channels_is_refused_when_conversion_is_off() -> None:
     spec = whole(("exact", 8, 8), None, 3, RESCALE, MEAN, STD, convert_rgb=False)
     assert pixel_values([noise(9, 9, 3)], spec).shape == (1, 3, 8, 8)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from runtime_support import SCATTERS, model_spec, write_folder
 
-from qvlm_runtime import SessionError, load, prepared
+from qvlm_runtime import FolderError, SessionError, load, prepared
 from qvlm_runtime.backend import EXACT
 
 
@@ -69,6 +69,30 @@ def test_the_one_that_is_kept_is_the_one_that_is_opened(folder: Path, tmp_path: 
     graph.write_bytes(b"nothing")
     with pytest.raises(SessionError, match="cannot open this graph"):
         logits(folder, tmp_path)
+
+
+def damage(path: Path) -> None:
+    """Another byte, the same size and time."""
+    stat, data = path.stat(), bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+
+
+def test_weights_are_hashed_when_they_are_prepared_and_not_again(
+    folder: Path, tmp_path: Path
+) -> None:
+    kept, copy = tmp_path / "kept", Path(shutil.copytree(folder, tmp_path / "copy"))
+    weights = copy / "ort/decoder.onnx.data"
+    good = logits(copy, kept)
+    damage(weights)
+    assert (logits(copy, kept) == good).all()  # not opened, so not hashed
+    with pytest.raises(FolderError, match="sha256 differs"):
+        load(copy, prepared=tmp_path / "empty")
+    assert not (tmp_path / "empty").exists(), "nothing is prepared of damaged weights"
+    damage(copy / "chat_template.jinja")
+    with pytest.raises(FolderError, match="sha256 differs"):
+        load(copy, prepared=kept)
 
 
 def test_a_write_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:

@@ -143,6 +143,12 @@ def test_logits_that_are_not_finite_are_refused(value: float) -> None:
         {"logit_bias": {3: math.nan}},
         {"logit_bias": {3: 1e9}},
         {"logprobs": -1},
+        {"temperature": "hot"},
+        {"top_k": 2.5},
+        {"seed": "a"},
+        {"logprobs": 1.5},
+        {"logit_bias": {"3": 1.0}},
+        {"logit_bias": {3: "much"}},
     ],
 )
 def test_options_out_of_range_name_themselves(option: dict) -> None:

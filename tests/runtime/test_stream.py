@@ -162,7 +162,11 @@ def test_a_timeout_keeps_the_text_so_far(model: Model, monkeypatch: pytest.Monke
 
 
 @pytest.mark.parametrize(
-    "option", [{"timeout": 0}, {"timeout": np.inf}, {"prefill_chunk": 0}, {"max_new_tokens": 0}]
+    "option",
+    [
+        *({"timeout": 0}, {"timeout": np.inf}, {"timeout": "1 s"}),
+        *({"prefill_chunk": 0}, {"max_new_tokens": 0}, {"max_new_tokens": 2.5}),
+    ],
 )
 def test_limits_out_of_range_name_themselves(model: Model, option: dict[str, Any]) -> None:
     with pytest.raises(PromptError, match=next(iter(option))):

@@ -2,7 +2,7 @@
 
 1. Each folder is opened in a fresh process, several times, in turn: load time and the memory of it.
 2. One process per folder stays. Its cache is filled context by context: memory against context.
-3. Warm-up rounds, thrown away.
+3. Warm-up rounds, thrown away. They prefill a sequence for each context, which the later rounds go back on.
 4. Rounds. In each, every subject decodes at every context and answers every case; the subjects run
    a context or a case one right after the other. Who comes first changes from round to round, and
    the direction in every second one: what a subject leaves in caches meets each neighbour as often.

@@ -18,16 +18,17 @@ _STYLE = """
 @media(prefers-color-scheme:dark){:root{--ink:#e6e9ed;--soft:#98a2b0;--line:#343b45;--page:#14171b;
  --bad:#ff8a80;--c0:#6fb1e0;--c1:#f0b060;--c2:#7cc99a;--c3:#c795dd;--c4:#ee7f76;--c5:#a3aebb}}
 *{box-sizing:border-box}
-body{margin:0 auto;max-width:64rem;padding:2rem 1.25rem;color:var(--ink);background:var(--page);
+body{margin:0 auto;max-width:70rem;padding:2rem 1.25rem;color:var(--ink);background:var(--page);
  font:15px/1.5 system-ui,sans-serif}
 h1{font-size:1.6rem;margin:0}
 h2{font-size:1.1rem;margin:2.2rem 0 .6rem}
 p.sub{color:var(--soft);margin:.2rem 0 1rem}
 p.bad{color:var(--bad)}
 table{border-collapse:collapse;width:100%;font-variant-numeric:tabular-nums}
-th,td{padding:.3rem .6rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
-th{color:var(--soft);font-weight:600}
+th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:right;vertical-align:top}
+th{color:var(--soft);font-weight:600;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left}
+td{white-space:nowrap}
 svg text{font:13px system-ui,sans-serif;fill:var(--ink)}
 svg text.soft{fill:var(--soft)}
 svg .grid{stroke:var(--line);fill:none}
@@ -83,6 +84,11 @@ def _name(subject: Mapping[str, Any]) -> str:
     return f"{subject['name']}, {words}" if threads else str(subject["name"])
 
 
+def _threads(count: str) -> str:
+    """Threads in words; 0 is the engine's choice."""
+    return "threads: the engine's choice" if count == "0" else f"threads: {count}"
+
+
 def _machine(data: Mapping[str, Any]) -> str:
     machine = data["machine"]
     words = [machine.get("board"), machine["processor"], f"{machine['cores']} cores"]
@@ -98,7 +104,7 @@ def _warnings(data: Mapping[str, Any]) -> str:
         if hot:
             reasons = sorted({r for i in hot for r in rounds[i]["throttled"]})
             found.append(
-                f"Throttled in {len(hot)} of {len(rounds)} rounds (threads {threads}): {'; '.join(reasons)}."
+                f"Throttled in {len(hot)} of {len(rounds)} rounds ({_threads(threads)}): {'; '.join(reasons)}."
             )
         found += _wide(data, threads, len(rounds))
     return "".join(f'<p class="bad">{escape(text)}</p>' for text in found)
@@ -115,7 +121,7 @@ def _wide(data: Mapping[str, Any], threads: str, rounds: int) -> list[str]:
     if width <= asked:
         return []
     return [
-        f"After {rounds} rounds (threads {threads}) the widest interval is ±{100 * width:.0f} %, "
+        f"After {rounds} rounds ({_threads(threads)}) the widest interval is ±{100 * width:.0f} %, "
         f"{100 * asked:.0f} % was asked: the machine was not quiet."
     ]
 
@@ -126,29 +132,30 @@ def _first_token(subjects: Sequence[Any], imported: Sequence[Any]) -> str:
         for case in subject["cases"]:
             parts = {p: max(0.0, case["first_token"][p]["median"]) for p in PARTS}
             whole = case["first_token"]["whole"]["median"]
-            note = f"{1e3 * whole:.1f} ms · {case['total_prompt_tokens']} tokens"
+            tokens, images = case["total_prompt_tokens"], case["images"]
+            note = f"{_short(1e3 * whole)[0]} ms · {tokens:,} tokens, {images} image{'s' * (images != 1)}"
             rows.append(Bar(_name(subject), parts, note))
     for one in imported:
         if one["first_token"]:
             whole = sum(one["first_token"].values())
-            note = f"{1e3 * whole:.1f} ms · {one['tool']}"
+            note = f"{_short(1e3 * whole)[0]} ms · {one['tool']}"
             rows.append(Bar(one["name"], one["first_token"], note, theirs=True))
     return bars("time to the first token by part", rows, PARTS)
 
 
 def _first_token_table(subjects: Sequence[Any]) -> str:
     head = ["", "text tokens", "images", *(f"{p}, ms" for p in (*PARTS, "whole"))]
-    head += ["whole answer, ms", "of float32 peak: prefill, vision"]
+    head += ["answer, ms", "of tokens", "of float32 peak: prefill, vision"]
     rows = []
     for subject in subjects:
         for case in subject["cases"]:
             parts = [_ms(case["first_token"][p]) for p in (*PARTS, "whole")]
             answer = case["answer_seconds"]
-            whole = f"{_ms(answer)} ({case['output_tokens']} tokens)" if answer else "–"
+            whole = [_ms(answer), str(case["output_tokens"])] if answer else ["–", "–"]
             floors = case["floors"] or {}
             shares = ", ".join(f"{f['share']:.2g}" for f in floors.values()) or "–"
             cells = [_name(subject), str(case["prompt_tokens"]), str(case["images"])]
-            rows.append([*cells, *parts, whole, shares])
+            rows.append([*cells, *parts, *whole, shares])
     return _table(head, rows)
 
 
@@ -284,10 +291,15 @@ def _imported(rows: Sequence[Any]) -> str:
 
 def _ms(figure: Mapping[str, float]) -> str:
     """Median and half-width of the interval, in milliseconds; one sample has no interval."""
-    if not figure["coverage"]:
-        return f"{1e3 * figure['median']:.2f}"
-    half = (figure["high"] - figure["low"]) / 2
-    return f"{1e3 * figure['median']:.2f} ± {1e3 * half:.2f}"
+    median, half = 1e3 * figure["median"], 1e3 * (figure["high"] - figure["low"]) / 2
+    text, digits = _short(median)
+    return text + (f" ± {half:,.{digits}f}" if figure["coverage"] else "")
+
+
+def _short(value: float) -> tuple[str, int]:
+    """Three or more digits of a number, at most two behind the point; and how many behind it."""
+    digits = max(0, min(2, 3 - len(str(int(value)))))
+    return f"{value:,.{digits}f}", digits
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -96,7 +96,7 @@ def lines(
         y = top if far else place(0, limit)[1]
         note = f"limit {limit:.3g}" + (", above this scale" if far else "")
         out.append(f'<path d="M{left} {y:.1f}H{_WIDTH - right}" class="limit"/>')
-        out.append(f'<text x="{_WIDTH - right}" y="{y + 16:.1f}" text-anchor="end">{note}</text>')
+        out.append(f'<text x="{_WIDTH - right}" y="{y - 7:.1f}" text-anchor="end">{note}</text>')
     for i, curve in enumerate(curves):
         out += _curve(curve, f"var(--c{i % COLOURS})", place)
     legend = [(c.name, f"var(--c{i % COLOURS})", c.theirs) for i, c in enumerate(curves)]

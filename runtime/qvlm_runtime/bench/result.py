@@ -17,8 +17,9 @@
                  floors: {prefill, vision: {seconds, share}} or null
       contexts   context; step_seconds: FIGURE; tokens_per_second; cache_bytes; resident_bytes and
                  peak_bytes once the cache holds that many tokens; floor: {bytes, seconds, share} or null
-      memory     host_peak_bytes; limit_bytes: what a process can have here; device_peak_bytes: most
-                 in use on all GPUs between rounds, of all processes, null without NVML
+      memory     host_peak_bytes, with a sequence kept for each context; limit_bytes: what a process can
+                 have here; device_peak_bytes: most in use on all GPUs between rounds, of all processes,
+                 null without NVML
       energy     {} or idle_watts and for "token" and "image": joules, joules_above_idle, runs,
                  seconds, watts, rails_watts
     ratios       [{series, name, against, figure}]: the first folder's seconds over the other's

@@ -19,9 +19,11 @@ import numpy as np
 
 from qvlm_runtime.backend import FAST
 from qvlm_runtime.bench.plan import Case
+from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError
+from qvlm_runtime.loading import load
 from qvlm_runtime.manifest import read_manifest, verify_files
-from qvlm_runtime.model import Model, load
+from qvlm_runtime.model import Model
 
 Clock = Callable[[], float]
 _CHUNK = 256  # tokens of one prefill while a cache is filled
@@ -125,7 +127,8 @@ class FolderSubject:
         self._random = np.random.default_rng(0)
         self._model: Model | None = None
         self._prompts: dict[tuple[int, int], str] = {}
-        self._state: Any = None
+        self._filling: DecoderState | None = None
+        self._states: dict[int, DecoderState] = {}
 
     @property
     def model(self) -> Model:
@@ -162,21 +165,26 @@ class FolderSubject:
     def fill(self, context: int) -> tuple[int, int]:
         """Prefill in pieces of 256 random tokens; contexts grow from call to call."""
         decoder = self.model.decoder
-        if self._state is None:
-            self._state = decoder.start(decoder.max_rows)
-        state = self._state
-        while state.length < context:
-            count = min(_CHUNK, context - state.length)
-            state.step(self._random.integers(0, decoder.model.vocab_size, count))
+        if self._filling is None:
+            self._filling = decoder.start(decoder.max_rows)
+        self._prefill(self._filling, context)
         return memory()
 
+    def _prefill(self, state: DecoderState, context: int) -> None:
+        vocab = self.model.manifest.model.vocab_size
+        while state.length < context:
+            count = min(_CHUNK, context - state.length)
+            state.step(self._random.integers(0, vocab, count))
+
     def decode(self, context: int, steps: int) -> list[float]:
-        """The sequence goes back to ``context`` rows first, or is prefilled up to them again: a cache
-        that went back does not keep the rows behind.
+        """Each context has a sequence of its own from its first call on, which goes back to ``context``
+        rows: one that went on from context to context would be prefilled again in every round.
         """
-        state = self._state
-        if state.length < context:
-            self.fill(context)
+        self._filling = None
+        if context not in self._states:
+            self._states[context] = self.model.decoder.start(context + steps)
+            self._prefill(self._states[context], context)
+        state = self._states[context]
         state.rewind(context)
         times = []
         for _ in range(steps):
@@ -203,9 +211,9 @@ class FolderSubject:
         return self._clock() - start
 
     def repeat(self, part: str, seconds: float) -> Repeated:
-        """At least one run; tokens are decoded behind the longest filled context."""
-        state, count, elapsed = self._state, 0, 0.0
-        context = state.length if state is not None else 0
+        """At least one run; tokens are decoded behind the longest context that was decoded at."""
+        count, elapsed = 0, 0.0
+        context = max(self._states, default=0)
         frames = self._frames(1)
         start = self._clock()
         while count == 0 or elapsed < seconds:
@@ -213,12 +221,9 @@ class FolderSubject:
                 features = self.model.image_features(self.model.pictures(frames))
                 features.buffer.read(0, (1,))  # waits for a GPU, which only took the order so far
             else:
-                state.rewind(context)
-                state.step((1,))
+                self.decode(context, 1)
             count += 1
             elapsed = self._clock() - start
-        if state is not None:
-            state.rewind(context)
         return Repeated(count, elapsed)
 
     def peak_bytes(self) -> int:
@@ -227,7 +232,8 @@ class FolderSubject:
 
     def close(self) -> None:
         """Release the graphs."""
-        self._state = None
+        self._filling = None
+        self._states.clear()
         self.model.close()
 
     def _frames(self, count: int) -> list[np.ndarray]:

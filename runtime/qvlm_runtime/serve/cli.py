@@ -16,7 +16,7 @@ from pathlib import Path
 from qvlm_runtime.backend import BACKENDS, EXACT, FAST
 from qvlm_runtime.errors import RuntimeFault, ServeError, SessionError
 from qvlm_runtime.features import DEFAULT_BYTES, FeatureCache
-from qvlm_runtime.model import load
+from qvlm_runtime.loading import load
 from qvlm_runtime.serve.access import LOOPBACK, Access
 from qvlm_runtime.serve.app import App
 from qvlm_runtime.serve.limits import Limits

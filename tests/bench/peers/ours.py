@@ -1,6 +1,6 @@
 """This project's runtime: the exported decoder graph on ONNX Runtime. Arguments: graph, manifest spec as JSON,
-threads (0: the engine's choice), settings as JSON: "prepared", a folder, and session config entries of ONNX Runtime.
-Started by decode_peers.py and threads.py.
+threads (0: the engine's choice), settings as JSON: "prepared", a folder, session config entries of ONNX Runtime and,
+without a point in the name, flags of its SessionOptions. Started by decode_peers.py and threads.py.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ def load() -> dict[str, Any]:
     def options() -> Any:
         made = original()
         for entry, value in SETTINGS.items():
-            made.add_session_config_entry(entry, value)
+            if "." in entry:
+                made.add_session_config_entry(entry, value)
+            else:
+                setattr(made, entry, value == "1")
         return made
 
     onnxruntime.SessionOptions = options

@@ -8,8 +8,10 @@ import html.parser
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from runtime_support import model_spec, write_folder
 
@@ -20,6 +22,7 @@ from qvlm_runtime.bench.plan import Case, Plan, read_plan
 from qvlm_runtime.bench.subject import FolderSubject, least_words
 from qvlm_runtime.bench.weights import GraphWeights
 from qvlm_runtime.bench.worker import WorkerSubject
+from qvlm_runtime.decoder import DecoderState
 from qvlm_runtime.errors import PromptError, RuntimeFault, SessionError
 
 FLAGS = (
@@ -148,7 +151,7 @@ def test_the_page_marks_throttling_and_draws_energy(run: dict) -> None:
     data["power"]["sources"] = [{"source": "INA3221", "rails": ["VDD_IN"], "total": ["VDD_IN"]}]
     data["limits"] = {"1": {"read": 1e10, "product": 1e11}}
     text = to_html(data)
-    assert "Throttled in 1 of 6 rounds (threads 1): oc3 rose by 4." in text
+    assert "Throttled in 1 of 6 rounds (threads: 1): oc3 rose by 4." in text
     page = _Page()
     page.feed(text)
     assert page.svgs == 5 and "0.25 J, 0.1 above idle" in text
@@ -353,17 +356,27 @@ def test_a_plan_may_be_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.mark.parametrize("target", ["ort", "rtx"])
 def test_decode_is_timed_at_contexts_of_several_cache_views_in_every_round(
-    tmp_path: Path, target: str
+    tmp_path: Path, target: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_folder(tmp_path / "toy", max_context=600)
     subject = FolderSubject(tmp_path / "toy", target=target, threads=1)
     subject.load()
     for context in (100, 300, 500):
         subject.fill(context)
-    for _ in range(2):
+    ran = []
+    step = DecoderState.step
+
+    def counted(state: DecoderState, tokens: Sequence[int]) -> np.ndarray:
+        ran.append(len(tokens))
+        return step(state, tokens)
+
+    monkeypatch.setattr(DecoderState, "step", counted)
+    for tokens in (100 + 300 + 500 + 9, 9):  # a sequence is prefilled once, not in every round
+        ran.clear()
         for context in (100, 300, 500):  # views of 128, 384 and 512 rows
             assert len(subject.decode(context, 3)) == 3
-            assert subject._state.length == context + 3
+            assert subject._states[context].length == context + 3
+        assert sum(ran) == tokens
     subject.close()
 
 
