@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -164,7 +164,8 @@ class _Measurement:
 
     def _context(self, formats: Formats) -> Context:
         case = self.case
-        return Context(case.model, case.adapter, list(self.fit), case.recipe, formats)
+        recipe = replace(case.recipe, rules=())
+        return Context(case.model, case.adapter, list(self.fit), recipe, formats)
 
     def _formats(self, chosen: str | None) -> Formats:
         """Component -> linear -> ``chosen`` where it fits (None: any format that fits)."""
