@@ -245,6 +245,19 @@ def test_rounding_noise_is_no_importance() -> None:
     assert not importance.is_noise(target * (1 + 2.0**-12), target)
 
 
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_the_exponent_is_applied_to_the_factors(text_block: Block, exponent: int) -> None:
+    settings = vlmq.Settings.of(recipe("vlmq", exponent=exponent))
+    solver = vlmq.AttentionSolver(StagedLayer(text_block), attention_of(text_block), settings)
+    factors = solver.factors[solver.inputs[0]]
+    assert float(torch.cat(factors).std()) > 0.1
+    for g, token, blend in zip(
+        factors, solver._weights(factors, "token"), solver._weights(factors, "blend"), strict=True
+    ):
+        assert torch.equal(token, g**exponent)
+        assert torch.equal(blend, 0.5 + 0.5 * g**exponent)
+
+
 def test_modality_weights_balance() -> None:
     image = torch.tensor([True] * 6 + [False] * 2)
     found = vlmq.balanced(image)
