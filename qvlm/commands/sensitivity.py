@@ -96,6 +96,10 @@ def _say_solution(arguments: argparse.Namespace, found: Json) -> None:
     say(arguments, f"written: {arguments.write_recipe}")
 
 
+def _kept(arguments: argparse.Namespace) -> str:
+    return f"Finished rows are in {arguments.output}; the same command continues."
+
+
 SENSITIVITY = Command(
-    "bits by component: what each layer costs", _sensitivity_arguments, _sensitivity
+    "bits by component: what each layer costs", _sensitivity_arguments, _sensitivity, _kept
 )
