@@ -1,10 +1,11 @@
-"""What the report shows of each block: its error before and after the method, and the ranges of what enters its layers.
+"""What the report shows of each block: its error before and after the method, and the ranges of what its linears read.
 
 * Error: |q - f|^2 / |f|^2 of what leaves the block, f the float stream's, q the quantized stream's, image and text
   tokens apart (vision and projector have image tokens only). "nearest" is round to nearest on the same quantized
   inputs, that is before the method did anything; "final" is the method's result.
-* Range of a layer's input: the largest |x| of each channel over all samples, image and text tokens apart. Stored are
-  the median and the largest over channels and the few largest channels, those that quantizers struggle with.
+* Range of what a linear reads: the largest |x| of each channel over all samples on the float stream, image and text
+  tokens apart. Stored are the median and the largest over channels and the few largest channels, those that quantizers
+  struggle with. Linears that are given the same tensor share a row, named after the first of them.
 
 Cost: three runs of the block over all samples, one of them with round to nearest in place.
 """
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from qvlm.capture import linear_inputs
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.methods.method import Block
@@ -32,7 +34,9 @@ CHANNELS = 4
 
 @torch.no_grad()
 def describe(block: Block, linears: Mapping[str, QuantizedLinear], recipe: Recipe) -> Json:
-    """{"errors": {"nearest" and "final": {"image", "text"}}, "ranges": a row per layer}; the modules are float."""
+    """{"errors": {"nearest" and "final": {"image", "text"}}, "ranges": a row per layer and input}; the
+    modules are float.
+    """
     floats, ranges = _float_pass(block)
     nearest = _nearest(block, recipe)
     errors = {
@@ -71,23 +75,41 @@ def _simulated(
 
 
 def _float_pass(block: Block) -> tuple[list[Tensor], list[Json]]:
-    """The float stream's outputs, and the range of what enters each layer."""
-    count = block.stop - block.start
-    maxima: list[dict[str, Tensor]] = [{} for _ in range(count)]
+    """The float stream's outputs, and the ranges of what the linears read."""
+    maxima: dict[tuple[int, str], dict[str, Tensor]] = {}
     outputs = []
     for sample, hidden in enumerate(block.float_inputs):
         for index in range(block.start, block.stop):
-            for kind, mask in _kinds(block, sample, hidden).items():
-                largest = hidden[mask].abs().amax(0)
-                row = maxima[index - block.start]
-                row[kind] = torch.maximum(row[kind], largest) if kind in row else largest
-            hidden = block.stream.forward(index, hidden, sample)
+            linears = block.layer_linears(index)
+            seen, hidden = linear_inputs(block.stream, index, linears, hidden, sample)
+            read = set[int]()
+            for name, x in seen.items():
+                if x.data_ptr() in read:
+                    continue
+                read.add(x.data_ptr())
+                row = maxima.setdefault((index, name), {})
+                for kind, tokens in _tokens(block, sample, x).items():
+                    largest = tokens.abs().amax(0)
+                    row[kind] = torch.maximum(row[kind], largest) if kind in row else largest
         outputs.append(hidden)
     ranges = [
-        {"layer": block.start + i, **{kind: _range(values) for kind, values in row.items()}}
-        for i, row in enumerate(maxima)
+        {
+            "layer": index,
+            "linear": name.removeprefix(f"{block.stream.names[index]}."),
+            **{kind: _range(values) for kind, values in row.items()},
+        }
+        for (index, name), row in sorted(maxima.items(), key=lambda item: item[0][0])
     ]
     return outputs, ranges
+
+
+def _tokens(block: Block, sample: int, x: Tensor) -> dict[str, Tensor]:
+    """The rows [tokens, in] of a linear's input by kind; all that tower and projector see are image tokens."""
+    rows = x.reshape(-1, x.shape[-1])
+    if block.component not in ("text", "head"):
+        return {"image": rows}
+    image = block.image_masks[sample].reshape(-1)
+    return {k: rows[mask] for k, mask in (("image", image), ("text", ~image)) if bool(mask.any())}
 
 
 def _range(largest: Tensor) -> Json:

@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"qvlm: {type(error).__name__}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("qvlm: interrupted. Finished work is kept; continue with --resume.", file=sys.stderr)
+        print(f"qvlm: interrupted. {COMMANDS[arguments.command].kept(arguments)}", file=sys.stderr)
         return 1
     if arguments.json:
         print(json.dumps(result, sort_keys=True))

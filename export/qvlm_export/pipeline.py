@@ -26,7 +26,7 @@ from qvlm_export import package, rtx
 from qvlm_export.build import build, image_spec, model_spec
 from qvlm_export.conform import check_graph
 from qvlm_export.facts import graph_facts
-from qvlm_export.float_range import largest_activations
+from qvlm_export.float_range import largest_activations, overflow
 from qvlm_export.image_limits import NO_LIMITS, ImageLimits
 from qvlm_export.precheck import Settings, check_settings
 from qvlm_export.report import Report, component_rows, divergence
@@ -255,6 +255,7 @@ def _target(
         section["largest activations"] = [
             asdict(row) for row in largest_activations(checkpoint, _RANGE_ROWS)
         ]
+        section["float32"] = [asdict(row) for row in overflow(checkpoint, target).rows]
     if target.is_tensorrt:
         section["rules"] = _rules(work, spec, target)
     if target.name == "rtx" and request.capabilities:

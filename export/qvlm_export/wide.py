@@ -49,6 +49,11 @@ class Overflow:
     def __init__(self, rows: Iterable[RangeRow] = ()) -> None:
         self._rows: Mapping[tuple[str, str], RangeRow] = {(r.module, r.side): r for r in rows}
 
+    @property
+    def rows(self) -> list[RangeRow]:
+        """All of them, in the order given."""
+        return list(self._rows.values())
+
     def row(self, module: str, side: str) -> RangeRow | None:
         """The row of one side of a module, None if it stays within float16."""
         return self._rows.get((module, side))

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Sequence
 
 from qvlm.commands.command import Command, Json, cell, say, table
-from qvlm.commands.experiment import add_experiment_arguments, experiment, note
+from qvlm.commands.experiment import add_experiment_arguments, experiment, note, rows_kept
 from qvlm.recipe import load_recipe
 
 
@@ -67,4 +67,4 @@ def _say_ablation(arguments: argparse.Namespace, rows: Sequence[Json]) -> None:
                 say(arguments, f"{name}: {shown}")
 
 
-ABLATE = Command("what each part of q-vlm is worth", _ablate_arguments, _ablate)
+ABLATE = Command("what each part of q-vlm is worth", _ablate_arguments, _ablate, rows_kept)

@@ -10,13 +10,22 @@ from typing import Any
 Json = dict[str, Any]
 
 
+def nothing_kept(arguments: argparse.Namespace) -> str:
+    """Of a command whose work is lost when it is interrupted."""
+    return "Nothing is kept."
+
+
 @dataclass(frozen=True)
 class Command:
-    """A subcommand: its arguments, and what it does; ``run`` prints for people unless --json and returns the object."""
+    """A subcommand: its arguments, and what it does; ``run`` prints for people unless --json and returns the object.
+
+    kept: what an interrupt leaves, and how to go on.
+    """
 
     help: str
     arguments: Callable[[argparse.ArgumentParser], None]
     run: Callable[[argparse.Namespace], Json]
+    kept: Callable[[argparse.Namespace], str] = nothing_kept
 
 
 def table(rows: Sequence[Sequence[object]], header: Sequence[str]) -> str:

@@ -6,7 +6,7 @@ import argparse
 from dataclasses import asdict
 
 from qvlm.commands.command import Command, Json, say, table
-from qvlm.commands.experiment import add_experiment_arguments, experiment, note
+from qvlm.commands.experiment import add_experiment_arguments, experiment, note, rows_kept
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,4 +56,4 @@ def _compare(arguments: argparse.Namespace) -> Json:
     return asdict(outcome)
 
 
-COMPARE = Command("methods x formats x draws on one table", _compare_arguments, _compare)
+COMPARE = Command("methods x formats x draws on one table", _compare_arguments, _compare, rows_kept)

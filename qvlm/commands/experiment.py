@@ -31,6 +31,13 @@ def add_experiment_arguments(parser: argparse.ArgumentParser, samples: int, draw
     )
 
 
+def rows_kept(arguments: argparse.Namespace) -> str:
+    """What an interrupt leaves of an experiment."""
+    if arguments.results is None:
+        return "Nothing is kept without --results FILE."
+    return f"Finished rows are in {arguments.results}; the same command continues."
+
+
 @dataclass(frozen=True)
 class Experiment:
     """What such a command works on: samples of each draw; questions and their samples."""

@@ -73,4 +73,8 @@ def _quantize(arguments: argparse.Namespace) -> Json:
     return {"output": str(output), "recipe": recipe.to_json(), "sizes": sizes}
 
 
-QUANTIZE = Command("quantize a model", _quantize_arguments, _quantize)
+def _kept(arguments: argparse.Namespace) -> str:
+    return "Finished work is kept; continue with --resume."
+
+
+QUANTIZE = Command("quantize a model", _quantize_arguments, _quantize, _kept)

@@ -59,6 +59,9 @@ def _sensitivity(arguments: argparse.Namespace) -> Json:
         arguments.int4_blocks,
     )
     run = SensitivityRun(arguments.source, settings, arguments.output, reporter())
+    budget = budget_of(arguments)
+    if budget is not None:
+        run.check(budget)
     rows = run.rows(note)
     for kind in ("component", "layer"):
         lines = [
@@ -72,7 +75,6 @@ def _sensitivity(arguments: argparse.Namespace) -> Json:
     judged = [(f.rule, f.found, verdicts[f.agrees]) for f in findings]
     say(arguments, table(judged, ("rule", "this model", "")))
     result: Json = {"rows": rows, "rules": [asdict(f) for f in findings]}
-    budget = budget_of(arguments)
     if budget is not None:
         found = run.solve(budget)
         dump_json(arguments.write_recipe, found["recipe"])
@@ -94,6 +96,10 @@ def _say_solution(arguments: argparse.Namespace, found: Json) -> None:
     say(arguments, f"written: {arguments.write_recipe}")
 
 
+def _kept(arguments: argparse.Namespace) -> str:
+    return f"Finished rows are in {arguments.output}; the same command continues."
+
+
 SENSITIVITY = Command(
-    "bits by component: what each layer costs", _sensitivity_arguments, _sensitivity
+    "bits by component: what each layer costs", _sensitivity_arguments, _sensitivity, _kept
 )

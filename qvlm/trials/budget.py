@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvlm.errors import RecipeError
 from qvlm.recipe import EMBEDDING, LayerRule, Recipe, named_format
-from qvlm.trials.allocation import Choice, allocate
+from qvlm.trials.allocation import Allocation, Choice, allocate
 
 if TYPE_CHECKING:
     from qvlm.trials.sensitivity import Unit
@@ -140,12 +140,7 @@ def solve(
 
     parameters: all of the model's. RecipeError if even the smallest formats do not fit.
     """
-    fixed = 2 * (parameters - sum(unit.parameters for unit in units))
-    allowed = budget.nbytes(parameters) - fixed
-    try:
-        allocation = allocate(choices(units, rows), allowed)
-    except RecipeError as error:
-        raise RecipeError(f"{error} {fixed} bytes more stay float in any recipe.") from error
+    allocation, fixed = _within(choices(units, rows), units, parameters, budget)
     formats = {name: choice.format for name, choice in allocation.choices.items()}
     total = fixed + allocation.nbytes
     return Solution(
@@ -155,6 +150,30 @@ def solve(
         allocation.kl,
         allocation.bound,
     )
+
+
+def check_budget(units: Sequence[Unit], parameters: int, budget: Budget) -> None:
+    """RecipeError if even the smallest formats do not fit, which is known before anything is measured."""
+    free = {
+        unit.key: [
+            Choice(name, unit.nbytes(name), 0.0)
+            for name in ("float", *unit.formats)
+            if named_format(name).deployable
+        ]
+        for unit in units
+    }
+    _within(free, units, parameters, budget)
+
+
+def _within(
+    found: Mapping[str, Sequence[Choice]], units: Sequence[Unit], parameters: int, budget: Budget
+) -> tuple[Allocation, int]:
+    """The allocation, and the bytes that stay float in any recipe."""
+    fixed = 2 * (parameters - sum(unit.parameters for unit in units))
+    try:
+        return allocate(found, budget.nbytes(parameters) - fixed), fixed
+    except RecipeError as error:
+        raise RecipeError(f"{error} {fixed} bytes more stay float in any recipe.") from error
 
 
 def rules(units: Sequence[Unit], formats: Mapping[str, str]) -> tuple[LayerRule, ...]:

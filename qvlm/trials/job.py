@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from qvlm import fakequant
+from qvlm import embedding, fakequant
 from qvlm.capture import Stream, capture_inputs, capture_stream
 from qvlm.methods import METHODS, Block, Context, Method, State
 from qvlm.transform import chosen, transform
@@ -29,7 +29,7 @@ class Job:
 
     @staticmethod
     def begin(context: Context) -> Job:
-        """A copy of the context's float model, after the recipe's transforms.
+        """A copy of the context's float model, after the recipe's transforms, its embeddings as the recipe has them.
 
         ``context`` of the job is the one to prepare a method with: with transforms its model is the changed one.
         """
@@ -41,6 +41,9 @@ class Job:
             component: capture_stream(model, context.adapter, component, context.samples)
             for component in context.formats
         }
+        # Behind the float streams, and in front of the first quantized one.
+        embedded = embedding.resolve(model, context.adapter, context.recipe)
+        embedding.apply(model, embedding.quantize(model, embedded, context.samples))
         return Job(context, model, streams)
 
     def copied(self) -> Job:

@@ -21,7 +21,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -33,7 +33,7 @@ from qvlm.methods import METHODS, Block, Context, State
 from qvlm.models.adapter import Adapter
 from qvlm.plan import Formats, linear_bytes
 from qvlm.recipe import COMPONENTS, EMBEDDING, Format, Recipe, named_format
-from qvlm.trials.job import Job, propagate
+from qvlm.trials.job import Job, propagate, quantized
 from qvlm.trials.judge import Judge
 from qvlm.trials.results import Results
 
@@ -164,7 +164,8 @@ class _Measurement:
 
     def _context(self, formats: Formats) -> Context:
         case = self.case
-        return Context(case.model, case.adapter, list(self.fit), case.recipe, formats)
+        recipe = replace(case.recipe, rules=())
+        return Context(case.model, case.adapter, list(self.fit), recipe, formats)
 
     def _formats(self, chosen: str | None) -> Formats:
         """Component -> linear -> ``chosen`` where it fits (None: any format that fits)."""
@@ -268,13 +269,5 @@ def measure(case: Case, results: Results, say: Callable[[str], None]) -> list[Js
 def measure_recipe(case: Case, recipe: Recipe, formats: Formats) -> dict[str, float]:
     """KL and exact match of a whole recipe on the held-out samples, calibrated on the others."""
     fit, held = case.split()
-    judge = Judge(case.model, held)
-    method = METHODS[recipe.method]
     context = Context(case.model, case.adapter, fit, recipe, formats)
-    state = method.prepare(context)
-    job = Job.begin(context)
-    chosen = embedding.resolve(case.model, case.adapter, recipe)
-    embedding.apply(job.model, embedding.quantize(case.model, chosen, fit))
-    for component in formats:
-        job.run_component(component, method, state)
-    return judge.measure(job.model)
+    return Judge(case.model, held).measure(quantized(context).model)

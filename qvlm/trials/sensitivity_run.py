@@ -23,7 +23,7 @@ from qvlm.quantize import build_samples, identity
 from qvlm.recipe import FORMATS, Recipe, named_format
 from qvlm.source import Source, load, open_source, require_float, skeleton
 from qvlm.trials import practice
-from qvlm.trials.budget import Budget, Solution, choices, solve
+from qvlm.trials.budget import Budget, Solution, check_budget, choices, solve
 from qvlm.trials.results import Results
 from qvlm.trials.sensitivity import Case, Unit, measure, measure_recipe, units
 
@@ -89,11 +89,19 @@ class SensitivityRun:
         """The published rules against the rows."""
         return practice.check(self.results.rows)
 
+    def check(self, budget: Budget) -> None:
+        """As ``budget.check_budget``: before ``rows``, which takes long."""
+        check_budget(self._units(), _parameters(self.case.model), budget)
+
+    def _units(self) -> list[Unit]:
+        case = self.case
+        return units(case.model, case.adapter, case.formats, case.min_blocks)
+
     def solve(self, budget: Budget) -> Json:
         """The recipe within the budget, with ``measured_kl`` and ``measured_exact_match`` of the whole recipe."""
         case = self.case
         solution = solve(
-            units(case.model, case.adapter, case.formats, case.min_blocks),
+            self._units(),
             self.results.rows,
             _parameters(case.model),
             budget,
@@ -132,9 +140,10 @@ def recipe_within(
     blocks = max(settings.int4_blocks, int(known["int4_blocks"]))
     mine = units(model, source.adapter, known["formats"], blocks)
     if not _complete(mine, rows):
+        mine = units(model, source.adapter, settings.formats, settings.int4_blocks)
+        check_budget(mine, _parameters(model), budget)
         run = SensitivityRun(source, settings, file, progress)
         rows = run.rows(say)
-        mine = units(model, source.adapter, settings.formats, settings.int4_blocks)
     return solve(mine, rows, _parameters(model), budget, recipe)
 
 

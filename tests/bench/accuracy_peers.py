@@ -10,6 +10,9 @@ output, not a gap.
 Formats: w4a16, w4a16-g64, w8a8, and w3a16, w2a16. A peer's static W8A8 is imported with its scales, its dynamic one
 with the token-normalised activations of w8a8, which is the same arithmetic.
 
+With --whole the formats are those of `qvlm compare` (recipes, their files, number formats): vision tower, projector and
+embeddings as they say, bits of the whole model in each row, no peers.
+
 Run: python tests/bench/accuracy_peers.py --work DIR [--formats w4a16 ...] [--peers ...] [--methods ...] [--draws 3]
 Rows are kept in DIR/rows.json; an interrupted run continues. Needs PyPI for the environments. pip must find a CPU
 build of torch first (PIP_EXTRA_INDEX_URL or a local wheel), else it downloads CUDA's.
@@ -41,11 +44,11 @@ from qvlm.errors import QvlmError
 from qvlm.fakequant import FakeQuantLinear
 from qvlm.methods import METHODS, Context
 from qvlm.models.adapter import Adapter
-from qvlm.plan import resolve
+from qvlm.plan import plan, resolve
 from qvlm.quantize import build_samples
 from qvlm.recipe import Format, component_recipe, named_format
-from qvlm.source import load, open_source
-from qvlm.trials.compare import spread, with_method
+from qvlm.source import Source, load, open_source
+from qvlm.trials.compare import parse_format, spread, with_method
 from qvlm.trials.job import quantized
 from qvlm.trials.judge import Judge
 from qvlm.trials.memory import peak_memory
@@ -190,7 +193,7 @@ class Bench:
     errors.
     """
 
-    directory: Path
+    source: Source
     model: nn.Module
     adapter: Adapter
     draws: list[list[Sample]]
@@ -216,7 +219,7 @@ def prepare(
         files.append(path)
     questioned = build_samples(loaded, source.adapter, asked)
     judges = [Judge(loaded.model, part) for part in (questioned, questioned[:BLOCK_QUESTIONS])]
-    return Bench(source.directory, loaded.model, source.adapter, built, files, *judges)
+    return Bench(source, loaded.model, source.adapter, built, files, *judges)
 
 
 def measured(bench: Bench, reference: nn.Module, model: nn.Module) -> Json:
@@ -228,15 +231,18 @@ def measured(bench: Bench, reference: nn.Module, model: nn.Module) -> Json:
 
 def peer_row(bench: Bench, work: Path, peer: str, preset: str, format_: str, draw: int) -> Json:
     try:
-        tensors, report = run_peer(work, peer, preset, format_, bench.directory, bench.files[draw])
+        tensors, report = run_peer(
+            work, peer, preset, format_, bench.source.directory, bench.files[draw]
+        )
         model = imported(bench.model, bench.adapter, tensors, named_format(format_))
     except (PeerFailed, subprocess.SubprocessError) as error:
         return {"failed": str(error)}
     return {**measured(bench, bench.model, model), **report}
 
 
-def our_row(bench: Bench, method: str, format_: str, draw: int) -> Json:
-    recipe = with_method(component_recipe(format_, "float", "float"), method)
+def our_row(bench: Bench, method: str, format_: str, draw: int, whole: bool) -> Json:
+    base = parse_format(format_) if whole else component_recipe(format_, "float", "float")
+    recipe = with_method(base, method)
     formats = resolve(bench.model, bench.adapter, recipe)
     context = Context(bench.model, bench.adapter, bench.draws[draw], recipe, formats)
     try:
@@ -248,7 +254,8 @@ def our_row(bench: Bench, method: str, format_: str, draw: int) -> Json:
     except QvlmError as error:
         return {"failed": str(error)}
     found = measured(bench, job.context.model, job.model)
-    return {**found, "seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak.megabytes}
+    cost = {"seconds": seconds, "cpu_seconds": cpu_seconds, "peak_mb": peak.megabytes}
+    return {**found, **cost, "bits_per_weight": plan(bench.source, recipe).bits_per_weight}
 
 
 def main() -> None:
@@ -262,17 +269,23 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=3)
     parser.add_argument("--seed", type=int, default=0, help="of the questions and the first draw")
     parser.add_argument("--eval-samples", type=int, default=400)
+    parser.add_argument("--whole", action="store_true", help="the whole model; see above")
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
+    if args.whole:
+        args.peers = []
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
     identity = {
         "source": args.source, "samples": args.samples, "questions": args.eval_samples,
-        "seed": args.seed,
+        "seed": args.seed, **({"whole": True} if args.whole else {}),
     }  # fmt: skip
     results = Results(args.work / "rows.json", identity)
     seeds = range(args.seed, args.seed + args.draws)
     bench = prepare(args.work, args.source, args.samples, seeds, args.eval_samples, args.seed)
+    key = {"by": "float", "method": "float", "format": "float", "draw": 0}
+    if results.find(key) is None:
+        results.add({**key, **bench.judge.measure(bench.model), "seconds": 0.0})
     wanted = [("qvlm", method) for method in args.methods]
     wanted += chosen_presets(args.peers)
     for format_ in args.formats:
@@ -283,7 +296,7 @@ def main() -> None:
                 key = {"by": by, "method": what, "format": format_, "draw": draw}
                 if results.find(key) is None:
                     row = (
-                        our_row(bench, what, format_, draw)
+                        our_row(bench, what, format_, draw, args.whole)
                         if by == "qvlm"
                         else peer_row(bench, args.work, by, what, format_, draw)
                     )

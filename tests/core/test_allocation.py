@@ -17,7 +17,15 @@ from hypothesis import strategies as st
 from qvlm.errors import RecipeError
 from qvlm.recipe import Recipe
 from qvlm.trials.allocation import Allocation, Choice, allocate, lagrangian_bound
-from qvlm.trials.budget import Budget, choices, parse_bytes, patterns, rules, solve
+from qvlm.trials.budget import (
+    Budget,
+    check_budget,
+    choices,
+    parse_bytes,
+    patterns,
+    rules,
+    solve,
+)
 from qvlm.trials.sensitivity import Unit
 
 Units = dict[str, list[Choice]]
@@ -169,6 +177,10 @@ def test_the_budget_is_of_the_whole_model() -> None:
     assert found.to_json()["optimality_gap"] == 0.0
     with pytest.raises(RecipeError, match="2000 bytes more stay float"):
         solve(units, rows, parameters, Budget(memory=2 * four + 1999), Recipe(()))
+    # The same is known without a row.
+    check_budget(units, parameters, Budget(memory=2 * four + 2000))
+    with pytest.raises(RecipeError, match="2000 bytes more stay float"):
+        check_budget(units, parameters, Budget(memory=2 * four + 1999))
 
 
 def test_formats_without_an_engine_are_never_allocated() -> None:

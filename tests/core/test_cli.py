@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,3 +160,29 @@ def test_a_plain_image_folder_calibrates(
 def test_numbers_are_right_aligned() -> None:
     text = table([("a", 1, 2.0), ("bb", 10, 0.123456)], ("n", "count", "x"))
     assert text.splitlines() == ["n   count       x", "a       1       2", "bb     10  0.1235"]
+
+
+@pytest.mark.parametrize(
+    ("words", "left"),
+    [
+        (["quantize", "demo", "out"], "Finished work is kept; continue with --resume."),
+        (["sensitivity", "demo", "--output", "s.json"], "Finished rows are in s.json; the same command continues."),
+        (["compare", "demo", "--results", "r.json"], "Finished rows are in r.json; the same command continues."),
+        (["compare", "demo"], "Nothing is kept without --results FILE."),
+        (["ablate", "demo"], "Nothing is kept without --results FILE."),
+        (["evaluate", "demo"], "Nothing is kept."),
+    ],
+)  # fmt: skip
+def test_an_interrupt_says_what_is_left(
+    words: list[str],
+    left: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def interrupted(arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    command = replace(cli.COMMANDS[words[0]], run=interrupted)
+    monkeypatch.setitem(cli.COMMANDS, words[0], command)
+    assert cli.main(words) == 1
+    assert capsys.readouterr().err == f"qvlm: interrupted. {left}\n"

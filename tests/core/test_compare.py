@@ -20,7 +20,7 @@ from qvlm.checkpoint import Checkpoint
 from qvlm.errors import RecipeError
 from qvlm.evaluate import load_quantized, scorer, sizes
 from qvlm.quantize import build_samples, quantize
-from qvlm.recipe import RECIPES, Recipe, component_recipe
+from qvlm.recipe import RECIPES, LayerRule, Recipe, component_recipe, named_format
 from qvlm.source import load, open_source
 from qvlm.trials import compare
 from qvlm.trials.compare import Case, parse_format, parse_method, recipes, spread, table_rows
@@ -149,9 +149,16 @@ def _steady(row: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in row.items() if k not in ("seconds", "peak_mb")}
 
 
-def test_a_row_is_the_checkpoint_that_quantize_writes(case: Case, tmp_path: Path) -> None:
+@pytest.mark.parametrize("embedded", [False, True], ids=["linears", "embeddings too"])
+def test_a_row_is_the_checkpoint_that_quantize_writes(
+    case: Case, tmp_path: Path, embedded: bool
+) -> None:
     """Size and answers of the in-memory row against the driver's own result."""
     recipe = replace(RECIPES["w4a16"], method="rtn")
+    if embedded:
+        formats = {"embedding.*patch*": "w4a16-g64", "embedding.*": "w8a16"}
+        rules = [LayerRule(pattern, named_format(name)) for pattern, name in formats.items()]
+        recipe = replace(recipe, rules=(*rules, *recipe.rules))
     row = compare.compare(case, {"w4a16": {"rtn": recipe}}).rows[1]
     output = quantize(case.source, tmp_path / "out", recipe, questions=tiny_questions(2), goldens=1)
     total = sizes(Checkpoint(output))[-1]

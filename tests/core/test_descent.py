@@ -99,6 +99,14 @@ def test_tiny_problem_against_all_combinations() -> None:
     torch.testing.assert_close(found, best, rtol=1e-5, atol=0)
 
 
+def test_a_move_that_gains_nothing_is_not_made() -> None:
+    """The middle of two integers: both cost the same, whichever even one rounding prefers."""
+    begin = QuantizedWeight(torch.ones(1, 2, dtype=torch.int8), torch.ones(1, 1))
+    wanted = torch.tensor([[0.5, 1.5]]).double()
+    found = descend(begin, wanted, torch.eye(2).double(), 4, 3)
+    assert torch.equal(found.integers, begin.integers)
+
+
 def test_blocks_of_columns_do_not_matter(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, _, _, hessian, _ = problem()
     scheme = WeightScheme(3, "group", 16)

@@ -12,11 +12,13 @@ import torch
 from tiny_models import prompts, tiny_llava
 
 from qvlm.capture import Sample, capture_stream, linear_inputs
+from qvlm.checkpoint import QuantizedLinear
 from qvlm.methods import METHODS
 from qvlm.methods.method import Block
 from qvlm.methods.rtn import round_to_nearest
 from qvlm.models import ADAPTERS
 from qvlm.recipe import FORMATS, Recipe
+from qvlm.scales import search_scales
 
 ADAPTER = ADAPTERS["llava"]
 
@@ -63,6 +65,32 @@ def test_integers_depend_on_the_weight_alone(format_name: str) -> None:
         expected = round_to_nearest(linear.weight, FORMATS["w8a8"])
         assert np.array_equal(result.linears[name].integers, expected.integers)
         assert (result.linears[name].input_scale is None) == (format_name == "w8a8")
+
+
+def test_searched_scales_weigh_channels_by_the_energy_of_all_tokens() -> None:
+    """Step 1's search, and what it is for: less output error than with the largest weight's scale."""
+    block = block_of("w4a16", "text")
+    plain, found = (
+        METHODS["rtn"].quantize_block(block, Recipe((), options={"scales": scales}), {}).linears
+        for scales in ("max", "search")
+    )
+    seen = [
+        linear_inputs(block.stream, 0, block.linears, hidden, i)[0]
+        for i, hidden in enumerate(block.quant_inputs)
+    ]
+    for name, linear in block.linears.items():
+        x = torch.cat([one[name].reshape(-1, linear.in_features) for one in seen])
+        scheme = FORMATS["w4a16"].weights
+        assert scheme is not None
+        energy = torch.stack([one[name].flatten(0, -2).square().sum(0) for one in seen]).sum(0)
+        expected = search_scales(linear.weight, scheme, energy)
+        assert np.array_equal(found[name].scale, expected.numpy())
+
+        def error(side: dict[str, QuantizedLinear]) -> float:
+            difference = torch.from_numpy(side[name].dequantize()) - linear.weight.detach()  # noqa: B023
+            return float((x.double() @ difference.double().T).square().sum())  # noqa: B023
+
+        assert error(found) < error(plain)
 
 
 def test_asymmetric_channels_get_a_range_each() -> None:

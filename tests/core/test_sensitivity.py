@@ -176,6 +176,14 @@ def test_the_command_solves_a_budget_and_quantize_reads_its_file(
     output, recipe = tmp_path / "sensitivity.json", tmp_path / "recipe.json"
     command = ["sensitivity", str(tiny_source), "--method", "rtn", "--calib", str(data)]
     command += ["--formats", "w4a16-g64", "w8a8", "--output", str(output)]
+    # What no recipe can keep is said before anything is measured.
+    assert cli.main([*command, "--max-memory", "1000"]) == 1
+    said = capsys.readouterr().err
+    assert "the smallest formats take" in said and "more stay float" in said
+    assert not output.exists()
+    impossible = ["quantize", str(tiny_source), str(tmp_path / "out"), "--max-memory", "1000"]
+    assert cli.main(impossible) == 1
+    assert "the smallest formats take" in capsys.readouterr().err
     budget = ["--max-bits-per-weight", "6"]
     assert cli.main([*command, *budget, "--write-recipe", str(recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -87,6 +87,19 @@ def test_one_weight_by_hand() -> None:
     assert SoftWeight(begin, torch.tensor([[9.0]]), 4).base.item() == pytest.approx(2 + EDGE)
 
 
+def test_a_saturated_weight_by_hand() -> None:
+    """s = 0.5, two bits, q = 1 at the end of the grid: beyond it v moves nothing, and W = s q grows with s."""
+    begin = QuantizedWeight(torch.tensor([[1]], dtype=torch.int8), torch.tensor([[0.5]]))
+    soft = SoftWeight(begin, torch.tensor([[1.4]]), 2)
+    soft.step(torch.tensor([[-1.0]]), 0.5, 0.0)
+    assert float(soft.offset) == 0.5 and soft.quantized().integers.item() == 1  # 1.9, clipped
+    soft.step(torch.tensor([[1.0]]), 0.5, 0.25)
+    assert float(soft.offset) == 0.5
+    assert (
+        soft.quantized().scale.item() == 0.375
+    )  # dW/da = s0 q > 0; inside the grid s0 (q - b) < 0
+
+
 def quadratic(weight: torch.Tensor, parts: list[torch.Tensor]) -> Loss:
     """Output error of one linear on a sample of tokens."""
 

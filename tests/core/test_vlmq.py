@@ -94,6 +94,39 @@ def test_output_factor_is_the_closed_form(text_block: Block) -> None:
         assert torch.equal(importance.output_importance(output, target), expected)
 
 
+def test_the_attentions_output_has_the_residual(text_block: Block) -> None:
+    """Attn(X) is what the second norm of the layer is given."""
+    layer = text_block.layers[0]
+    entered: list[torch.Tensor] = []
+    norm = layer.get_submodule("post_attention_layernorm")
+    with norm.register_forward_pre_hook(lambda m, args: entered.append(args[0])), torch.no_grad():
+        text_block.run(text_block.quant_inputs[0], 0)
+        found = importance.attention_output(
+            text_block.stream, 0, attention_of(text_block), text_block.quant_inputs[0], 0
+        )
+    assert torch.equal(found, entered[0])
+
+
+def test_the_output_projection_is_weighed_behind_quantized_inputs(
+    text_block: Block, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step 4: its factors see q, k and v as integers, so rounding those moves them."""
+    seen: list[tuple[set[str], list[torch.Tensor]]] = []
+    output_factors = vlmq.AttentionSolver._output_factors
+
+    def spy(solver: vlmq.AttentionSolver, layer: StagedLayer) -> list[torch.Tensor]:
+        seen.append((set(layer.results), output_factors(solver, layer)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(vlmq.AttentionSolver, "_output_factors", spy)
+    settings = vlmq.Settings.of(recipe("vlmq"))
+    solver = vlmq.AttentionSolver(StagedLayer(text_block), attention_of(text_block), settings)
+    solver.solve("token", range(3))
+    ((finished, factors),) = seen
+    assert finished == set(solver.inputs)
+    assert not torch.equal(factors[0], output_factors(solver, solver.layer)[0])
+
+
 def test_input_factors_are_the_gradient(text_block: Block) -> None:
     """Central differences of L in float64 along the outputs of q, k and v of some tokens and channels."""
     block, attention = text_block, attention_of(text_block)
@@ -243,6 +276,19 @@ def test_rounding_noise_is_no_importance() -> None:
     assert importance.is_noise(target, target)
     assert importance.is_noise(target * (1 + 2.0**-22), target)
     assert not importance.is_noise(target * (1 + 2.0**-12), target)
+
+
+@pytest.mark.parametrize("exponent", [1, 2])
+def test_the_exponent_is_applied_to_the_factors(text_block: Block, exponent: int) -> None:
+    settings = vlmq.Settings.of(recipe("vlmq", exponent=exponent))
+    solver = vlmq.AttentionSolver(StagedLayer(text_block), attention_of(text_block), settings)
+    factors = solver.factors[solver.inputs[0]]
+    assert float(torch.cat(factors).std()) > 0.1
+    for g, token, blend in zip(
+        factors, solver._weights(factors, "token"), solver._weights(factors, "blend"), strict=True
+    ):
+        assert torch.equal(token, g**exponent)
+        assert torch.equal(blend, 0.5 + 0.5 * g**exponent)
 
 
 def test_modality_weights_balance() -> None:

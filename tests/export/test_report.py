@@ -33,6 +33,7 @@ def measured(layers: list[int], scale: float, text: bool) -> dict[str, Any]:
     kinds = ("image", "text") if text else ("image",)
     channels = [[17, 50.0 * scale], [3, 1.5]]
     found = {"median": 1.0, "largest": 50.0 * scale, "channels": channels}
+    quiet = {"median": 1.0, "largest": 1.5, "channels": [[8, 1.5]]}
     return {
         "layers": layers,
         "measured": {
@@ -41,7 +42,9 @@ def measured(layers: list[int], scale: float, text: bool) -> dict[str, Any]:
                 "final": dict.fromkeys(kinds, 0.01 * scale),
             },
             "ranges": [
-                {"layer": i, **dict.fromkeys(kinds, found)} for i in range(layers[0], layers[1])
+                {"layer": i, "linear": linear, **dict.fromkeys(kinds, one)}
+                for i in range(layers[0], layers[1])
+                for linear, one in (("q", found), ("down", quiet))
             ],
         },
     }
@@ -73,6 +76,7 @@ def report(tiny_checkpoint: Path) -> Report:
         checkpoint.recipe.to_json(),
         component_rows(checkpoint),
         {"kl": 1e-3, "greedy": 0.99, "tokens": 5.0, "image_features": 0.01},
+        targets={"ort": {"graphs": [{"graph": "vision", "nodes": 3, "bytes": 5}]}},
         method=METHOD,
         comparison=TRIED,
         versions={"numpy": np.__version__},
@@ -122,7 +126,8 @@ def test_the_page_is_self_contained_and_well_formed(report: Report) -> None:
         "What was tried: accuracy against bits per weight",
         "Dependency of decoder layers and the block partition",
         "Block error before and after",
-        "Ranges of what enters the layers",
+        "Ranges of what the linears read",
+        "Target ort",
         "Recipe",
         "Versions",
         "Files",
@@ -143,7 +148,9 @@ def test_marks_are_what_was_recorded(report: Report) -> None:
     assert "D(0, 1) = 0.5" in tips and "layer 2: 2 nats" in tips
     # Once at the hollow dot, once at the filled one.
     assert tips.count("text 0 to 1, image: 0.02 → 0.01") == 2
-    assert "vision 1, image, channel 17: 50" in tips
+    assert "vision 1 q, image, channel 17: 50" in tips
+    # Of a layer the input of the farthest outlier, for each kind of token; at 0.1 that is 5 against 1.5.
+    assert "text 2 q, text, channel 17: 100" in tips and not [t for t in tips if " down," in t]
     assert not [t for t in tips if t.startswith("vision") and "text" in t]
     # One dot per tried row with a divergence in each of the two drawings.
     assert tips.count("q<&> w8a8: 8.3 bits, kl 1e-05") == 1

@@ -209,6 +209,18 @@ def test_the_command_takes_it(
     assert main([*words, "--overflow", "float32"]) == 0
     report = json.loads((tmp_path / "out/report.json").read_text())["targets"]["jetpack6"]
     assert report["largest activations"][0]["largest"] > 1e6
+    # The report lists what is float32: everything recorded above the limit and nothing else.
+    magnitudes = json.loads((loud("w4a16").directory / MAGNITUDES).read_text())
+    above = {
+        (module, side)
+        for module, sides in magnitudes.items()
+        for side, value in sides.items()
+        if value > FLOAT16_MAX / HEADROOM
+    }
+    assert {(row["module"], row["side"]) for row in report["float32"]} == above != set()
+    page = (tmp_path / "out/report.html").read_text()
+    kept = page.index("float32 in this target's graphs") if "target's" in page else -1
+    assert kept > 0 and all(module in page[kept:] for module, _ in above)
 
 
 @pytest.mark.rtx

@@ -77,7 +77,8 @@ class Report:
         data = {**asdict(self), "bits_per_weight": round(self.bits_per_weight, 4)}
         for row, component in zip(data["components"], self.components, strict=True):
             row["bits_per_weight"] = round(component.bits_per_weight, 4)
-        return json.dumps(data, indent=2, sort_keys=True) + "\n"
+        # As made, not sorted: the order of a row's keys is that of its table's columns.
+        return json.dumps(data, indent=2) + "\n"
 
     @staticmethod
     def read(path: Path) -> Report:

@@ -1,4 +1,4 @@
-"""Drawings of what the quantizer recorded: dependency and partition, block errors, ranges of what enters the layers.
+"""Drawings of what the quantizer recorded: dependency and partition, block errors, ranges of what the linears read.
 
 A method that records nothing of one kind leaves that drawing out.
 """
@@ -15,8 +15,9 @@ from qvlm_export.report.tables import table
 Json = Mapping[str, Any]
 
 KINDS = {"image": "c0", "text": "c1"}
-# A channel this many times the median of its layer's channels is called an outlier.
+# A channel this many times the median of its input's channels is called an outlier.
 OUTLIER = 20.0
+_NOTHING: Json = {"median": 0.0, "largest": 0.0}
 
 
 def method_sections(method: Json) -> list[str]:
@@ -27,7 +28,7 @@ def method_sections(method: Json) -> list[str]:
     if found := next((row for _, row in rows if "dependency" in row and "partition" in row), None):
         parts += [
             "<h2>Dependency of decoder layers and the block partition</h2>",
-            '<p class="sub">Above: entropy of what leaves each layer. Below: mutual dependency of neighbours. '
+            '<p class="sub">Above: entropy of what enters each layer. Below: mutual dependency of neighbours. '
             "Layers on one band were searched together.</p>",
             _dependency(found),
         ]
@@ -39,9 +40,10 @@ def method_sections(method: Json) -> list[str]:
             "Hollow: round to nearest in this block. Filled: the method's result.</p>",
             _errors(measured),
             _error_table(measured),
-            "<h2>Ranges of what enters the layers</h2>",
-            '<p class="sub">Each line runs from the median over channels to the largest channel; dots are the largest '
-            f"channels, numbered where they are {OUTLIER:g} times the median and more.</p>",
+            "<h2>Ranges of what the linears read</h2>",
+            '<p class="sub">Of each layer the input whose outliers reach farthest. Each line runs from the median over '
+            "channels to the largest channel; dots are the largest channels, numbered where they are "
+            f"{OUTLIER:g} times the median and more.</p>",
             _ranges(measured),
             _outlier_table(measured),
         ]
@@ -147,35 +149,58 @@ def _error_table(rows: Sequence[tuple[str, Json]]) -> str:
     return f"<details><summary>the numbers</summary>{table(head, lines)}</details>"
 
 
+def _inputs(rows: Sequence[tuple[str, Json]]) -> list[tuple[str, Json]]:
+    """(component, range row) of every input. A checkpoint that names no linear recorded what enters its layers."""
+    return [
+        (component, {"linear": "layer", **entry})
+        for component, row in rows
+        for entry in row["measured"]["ranges"]
+    ]
+
+
+def _reach(found: Json) -> float:
+    """Largest over median channel."""
+    return float(found["largest"] / found["median"]) if found["median"] > 0 else 0.0
+
+
+def _worst(rows: Sequence[tuple[str, Json]]) -> dict[tuple[str, int], dict[str, Json]]:
+    """(component, layer) -> kind of token -> the input whose outliers reach farthest, with its linear."""
+    worst: dict[tuple[str, int], dict[str, Json]] = {}
+    for component, entry in _inputs(rows):
+        layer = worst.setdefault((component, int(entry["layer"])), {})
+        for kind in KINDS:
+            if kind in entry and _reach(entry[kind]) > _reach(layer.get(kind, _NOTHING)):
+                layer[kind] = {**entry[kind], "linear": entry["linear"]}
+    return worst
+
+
 def _ranges(rows: Sequence[tuple[str, Json]]) -> str:
-    layers = [(component, r) for component, row in rows for r in row["measured"]["ranges"]]
-    drawing = Drawing(330, "ranges of what enters each layer, with the outlier channels")
+    layers = _worst(rows)
+    drawing = Drawing(330, "ranges of what the linears read, with the outlier channels")
     values = [
         value
-        for _, row in layers
-        for kind in KINDS
-        if kind in row
-        for value in (row[kind]["median"], row[kind]["largest"])
-        if value > 0
+        for kinds in layers.values()
+        for found in kinds.values()
+        for value in (found["median"], found["largest"])
     ]
     if not values:
         return "<p>Nothing but zeros enters these layers.</p>"
     axis = Axis.logarithmic(values, 280, 56)
     drawing.legend([("c0", "image tokens"), ("c1", "text tokens")], 16)
     drawing.scale(axis, "largest |x| of a channel")
-    step = _columns(drawing, [(c, int(row["layer"])) for c, row in layers], 48, 280)
-    for k, (component, row) in enumerate(layers):
+    step = _columns(drawing, list(layers), 48, 280)
+    for k, ((component, layer), kinds) in enumerate(layers.items()):
         for side, (kind, colour) in enumerate(KINDS.items()):
-            if kind not in row or row[kind]["median"] <= 0:
+            if kind not in kinds:
                 continue
-            x = LEFT + step * (k + 0.5) + _aside(row, side, step)
-            found = row[kind]
+            x, found = LEFT + step * (k + 0.5) + _aside(kinds, side, step), kinds[kind]
             drawing.line(x, axis(found["median"]), x, axis(found["largest"]), f"line {colour}")
             drawing.line(
                 x - 4, axis(found["median"]), x + 4, axis(found["median"]), f"line {colour}"
             )
+            where = f"{component} {layer} {found['linear']}, {kind}"
             for channel, value in found["channels"]:
-                tip = f"{component} {row['layer']}, {kind}, channel {channel}: {number(value)}"
+                tip = f"{where}, channel {channel}: {number(value)}"
                 drawing.dot(x, axis(value), colour, tip, 2.5)
             if step > 40 and _is_outlier(found):
                 channel, value = found["channels"][0]
@@ -184,25 +209,23 @@ def _ranges(rows: Sequence[tuple[str, Json]]) -> str:
 
 
 def _is_outlier(found: Json) -> bool:
-    return bool(found["largest"] >= OUTLIER * found["median"])
+    return _reach(found) >= OUTLIER
 
 
 def _outlier_table(rows: Sequence[tuple[str, Json]]) -> str:
     lines = []
-    for component, row in rows:
-        for entry in row["measured"]["ranges"]:
-            for kind in KINDS:
-                if kind in entry and _is_outlier(entry[kind]):
-                    found = entry[kind]
-                    channels = ", ".join(
-                        f"{channel} ({number(value)})"
-                        for channel, value in found["channels"]
-                        if value >= OUTLIER * found["median"]
-                    )
-                    lines.append(
-                        [component, str(entry["layer"]), kind, number(found["median"]), channels]
-                    )
+    for component, entry in _inputs(rows):
+        for kind in KINDS:
+            if kind in entry and _is_outlier(entry[kind]):
+                found = entry[kind]
+                channels = ", ".join(
+                    f"{channel} ({number(value)})"
+                    for channel, value in found["channels"]
+                    if value >= OUTLIER * found["median"]
+                )
+                place = [component, str(entry["layer"]), entry["linear"], kind]
+                lines.append([*place, number(found["median"]), channels])
     if not lines:
-        return f'<p class="sub">No channel reaches {OUTLIER:g} times its layer\'s median.</p>'
-    head = ["component", "layer", "tokens", "median channel", "outlier channels (largest value)"]
+        return f'<p class="sub">No channel reaches {OUTLIER:g} times its input\'s median.</p>'
+    head = ["component", "layer", "read by", "tokens", "median", "outlier channels (largest value)"]
     return f"<details><summary>outlier channels</summary>{table(head, lines)}</details>"

@@ -67,6 +67,7 @@ _SECTIONS = {
     "greedy": "Greedy tokens through both graphs against the goldens.",
     "engines": "Engines, with the kernels of each profile; integer products checked in the compiler's list.",
     "largest activations": "Largest activations of the float model on the samples, and half of float16's range.",
+    "float32": "What leaves float16: these modules' values are float32 in this target's graphs.",
     "rules": "TensorRT rules: findings below the level of an error.",
 }
 

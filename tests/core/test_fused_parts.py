@@ -1,0 +1,116 @@
+"""Proves what ``fused`` is made of, part by part and by hand: a linear is its stages in turn, each with the statistics
+it is owed; the block's loss weighs tokens; blocks and token weights follow their options.
+
+Run: python -m pytest tests/core/test_fused_parts.py -q
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from tiny_blocks import tiny_block, tiny_context, tiny_stream
+
+from qvlm import affine
+from qvlm.descent import descend, target
+from qvlm.hessian import damped, revive_dead, shrunk
+from qvlm.methods import METHODS, fused, gptaq, gptq, vlmq
+from qvlm.methods.block_rounding import BlockLoss
+from qvlm.methods.held_out import Best, split
+from qvlm.methods.method import Block
+from qvlm.methods.stages import StagedLayer
+from qvlm.recipe import Recipe, component_recipe
+from qvlm.scales import column_importance, search_scales
+
+# No solver and no re-fit: what remains is one linear at a time.
+PARTS = {"scales": "conditional", "start": "residual", "shrinkage": 0.3, "damping": 0.02,
+         "sweeps": 1, "refits": 0, "solver": "none"}  # fmt: skip
+
+
+def recipe(**options: object) -> Recipe:
+    return component_recipe("w3a16", "float", "float", method="fused", options=options)
+
+
+@pytest.fixture(scope="module")
+def block() -> Block:
+    return tiny_block(tiny_stream("text", 4), "w3a16", error=0.1)
+
+
+def test_a_linear_is_its_stages_in_turn(block: Block) -> None:
+    """q, k and v, which see no linear quantized before them, put together from the kernels."""
+    found = METHODS["fused"].quantize_block(block, recipe(**PARTS), {}).linears
+    layer = StagedLayer(block)
+    names = layer.stages[0]
+    assert len(names) == 3
+    fits, helds = (
+        layer.statistics(names, asymmetric=True, samples=samples) for samples in split(4)
+    )
+    for name in names:
+        weight, scheme = block.linears[name].weight, block.formats[name].weights
+        assert scheme is not None
+        fit = fits[name]
+        hessian = shrunk(revive_dead(fit.hessian)[0], 0.3)
+        wanted = target(weight, hessian, fit.cross, gptaq.tied_alpha("auto", fit), 0.02)
+        best = Best(weight, helds[name])
+        largest, _ = affine.weight_scales(weight.detach().float(), scheme)
+        importance = column_importance(hessian, "conditional", 0.02)
+        for stage, scale in (("max", largest), ("searched", search_scales(weight, scheme, importance))):  # fmt: skip
+            solved = gptq.gptq_matrix(
+                wanted, hessian, scheme, gptq.Settings(damping=0.02), scales=(scale, None)
+            )
+            best.offer(stage, solved.quantized)
+        cost = damped(hessian, 0.02)
+        best.offer("descent", descend(best.weight, wanted, cost, scheme.bits, 1))
+        assert np.array_equal(found[name].integers, best.weight.integers.numpy())
+        assert np.array_equal(found[name].scale, best.weight.scale.numpy())
+
+
+def test_the_loss_weighs_tokens(block: Block) -> None:
+    results = METHODS["rtn"].quantize_block(block, recipe(), {}).linears
+    weights = {name: torch.from_numpy(q.dequantize()) for name, q in results.items()}
+    with torch.no_grad():
+        targets = [block.run(h, i) for i, h in enumerate(block.float_inputs)]
+        tokens = targets[0].shape[1]
+        c = torch.rand(tokens, generator=torch.Generator().manual_seed(1))
+        plain = BlockLoss(block, results, targets, None, "output")
+        weighed = BlockLoss(block, results, targets, [c], "output")
+        ones = BlockLoss(block, results, targets, [torch.ones(tokens)], "output")
+        with_first = [float(loss(weights, 0)) for loss in (plain, weighed, ones)]
+        functions = plain.functions(weights)
+        hidden = block.quant_inputs[0]
+        with fused.block_rounding.substituted(block.linears, functions):
+            errors = (block.run(hidden, 0) - targets[0])[0].square().sum(-1)
+    assert with_first[0] == with_first[2]
+    assert with_first == pytest.approx([float(e.mean()) for e in (errors, errors * c, errors)])
+
+
+def test_token_weights_reach_the_loss(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[list[torch.Tensor]] = []
+
+    class Spied(BlockLoss):
+        def __init__(self, *args: object) -> None:
+            super().__init__(*args)  # type: ignore[arg-type]
+            assert self.token_weights is not None
+            given.append(list(self.token_weights))
+
+    monkeypatch.setattr(fused, "BlockLoss", Spied)
+    options = {"start": "nearest", "scales": "max", "sweeps": 0, "steps": 1, "batch": 1}
+    METHODS["fused"].quantize_block(block, recipe(weights="modality", **options), {})
+    ((first, *_),) = given
+    assert torch.equal(first, vlmq.balanced(block.image_masks[0].reshape(-1)))
+
+
+def test_blocks_and_temper_follow_their_options(block: Block) -> None:
+    for depth, blocks in ((1, [(0, 1), (1, 2)]), (2, [(0, 2)])):
+        context = tiny_context(recipe(partition="fixed", depth=depth), samples=1)
+        state = METHODS["fused"].prepare(context)
+        stream = tiny_stream("text", 1)
+        assert METHODS["fused"].partition(stream, context.recipe, state) == blocks
+    name = next(iter(block.linears))
+    sizes = [hidden.shape[:-1].numel() for hidden in block.quant_inputs]
+    curvature = torch.rand(sum(sizes), generator=torch.Generator().manual_seed(2)) + 0.1
+    settings = fused.Settings(weights="curvature", temper=2.0)
+    found = fused.token_weights(block, [name], settings, {f"curvature.{name}": curvature.numpy()})
+    assert found is not None and [len(c) for c in found] == sizes
+    expected = (curvature / curvature.mean()).square()
+    torch.testing.assert_close(torch.cat(found), expected / expected.mean(), rtol=1e-5, atol=0)
