@@ -9,7 +9,8 @@ hold too, and making them takes about twice the memory of a plain load, once.
 
 What is kept holds for one graph, one version of ONNX Runtime, one processor and one accuracy level; all four make its
 name, so a change makes a new one and an old one is never opened. Old ones are not deleted. The folder is trusted: keep
-it where only the application writes.
+it where only the application writes. The model folder's weights are compared with its manifest when they are prepared,
+unless that load was told not to; later loads do not read them.
 """
 
 from __future__ import annotations

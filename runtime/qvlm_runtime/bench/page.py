@@ -57,6 +57,7 @@ def to_html(data: Mapping[str, Any]) -> str:
         "<h2>Decode</h2>",
         _decode(subjects, imported),
         _decode_table(subjects),
+        _above_floor(subjects),
         "<h2>Memory</h2>",
         _memory(subjects),
         _memory_table(subjects),
@@ -200,6 +201,17 @@ def _decode_table(subjects: Sequence[Any]) -> str:
                 cells += ["–", "–", "–"]
             rows.append(cells)
     return _table(head, rows)
+
+
+def _above_floor(subjects: Sequence[Any]) -> str:
+    """A sentence if a step was faster than its floor."""
+    floors = [row["floor"] for subject in subjects for row in subject["contexts"] if row["floor"]]
+    if all(floor["share"] <= 1 for floor in floors):
+        return ""
+    return (
+        '<p class="sub">A share above 1: what a step reads stayed in the processor\'s caches, or other '
+        "work slowed the measurement of the machine's bandwidth.</p>"
+    )
 
 
 def _memory(subjects: Sequence[Any]) -> str:

@@ -155,6 +155,10 @@ def test_the_page_marks_throttling_and_draws_energy(run: dict) -> None:
     page = _Page()
     page.feed(text)
     assert page.svgs == 5 and "0.25 J, 0.1 above idle" in text
+    for share, told in ((0.9, False), (1.5, True)):
+        for row in (row for subject in data["subjects"] for row in subject["contexts"]):
+            row["floor"] = {"bytes": 1e6, "seconds": 1e-3, "share": share}
+        assert ("A share above 1" in to_html(data)) == told
 
 
 def test_json_is_one_object_as_the_last_line_and_threads_make_subjects(
