@@ -137,7 +137,7 @@ def _legend(entries: Sequence[tuple[str, str, bool]]) -> str:
 
 
 def _clip(name: str) -> str:
-    return escape(name if len(name) <= 36 else "…" + name[-35:])
+    return escape(name if len(name) <= 28 else "…" + name[-27:])
 
 
 def _svg(title: str, height: float, parts: Sequence[str]) -> str:
