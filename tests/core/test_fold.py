@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -16,9 +17,11 @@ from tiny_models import tiny_llava
 
 from qvlm.errors import RecipeError
 from qvlm.fold import Heads, Point, fold_scale, fold_scales, points, unfolded
+from qvlm.methods import TRANSFORMS, Context, State
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import COMPONENTS, RECIPES, LayerRule, Recipe, component_recipe, named_format
+from qvlm.transform import transform
 from qvlm.trials.job import Job
 
 ADAPTER = ADAPTERS["llava"]
@@ -118,6 +121,32 @@ def test_transforms_come_from_the_recipe_and_the_method() -> None:
     assert "transforms" not in RECIPES["w8a8"].to_json()
     with pytest.raises(RecipeError, match="transforms 'rotate', expected a list"):
         Recipe.from_json({**EVERYTHING.to_json(), "transforms": "rotate"})
+
+
+def test_transforms_follow_each_other_in_the_recipes_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The recipe's own first, then the method's; each finds what it does on what the one before left."""
+    calls: list[str] = []
+
+    class Recorder:
+        options: ClassVar[dict[str, object]] = {}
+
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def find(self, context: Context, progress: object) -> State:
+            calls.append(f"find {self.name}")
+            return {}
+
+        def apply(self, context: Context, state: State) -> dict[str, object]:
+            calls.append(f"apply {self.name}")
+            return {}
+
+    for name in ("smoothquant", "rotate", "awq"):
+        monkeypatch.setitem(TRANSFORMS, name, Recorder(name))
+    recipe = replace(EVERYTHING, method="awq", transforms=("smoothquant", "rotate"))
+    transform(Context(torch.nn.Identity(), ADAPTER, [], recipe, {}))
+    order = ("smoothquant", "rotate", "awq")
+    assert calls == [f"{verb} {name}" for name in order for verb in ("find", "apply")]
 
 
 def test_a_job_leaves_the_float_model_as_it_was() -> None:
