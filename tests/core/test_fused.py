@@ -215,7 +215,9 @@ def test_token_weights_change_the_integers(weights: str) -> None:
     stream = capture_stream(model, ADAPTERS["llava"], "text", context_samples)
     assert METHODS["fused"].partition(stream, plan, state) == [(0, 2)]
     block = two_layers(count=3)
-    weighted = METHODS["fused"].quantize_block(block, plan, state).linears
+    result = METHODS["fused"].quantize_block(block, plan, state)
+    assert result.report["partition"] == [[0, 2]]  # what the report draws
+    weighted = result.linears
     uniform = quantized(block, "fused", solver="none", sweeps=0).linears
     # VLMQ's guard: 72 tokens for 384 channels carry no weights, so they stay equal.
     assert same(weighted, uniform) == (weights == "vlmq")
@@ -228,6 +230,7 @@ def test_whole_model_on_every_component() -> None:
     context = Context(model, ADAPTERS["llava"], samples(4, model), plan, formats)
     method = METHODS["fused"]
     state = method.prepare(context)
+    assert state["entropy"].shape == (2,) and state["dependency"].shape == (1,)
     job = Job.begin(context)
     for component in formats:
         job.run_component(component, method, state)
