@@ -228,8 +228,8 @@ class Fused:
 
 
 def _partition(context: Context, settings: Settings) -> dict[str, npt.NDArray[Any]]:
-    """ "partition": half-open ranges [blocks, 2] of decoder layers; where the entropy decides on them "entropy" [layers]
-    and "dependency" [layers - 1] of neighbours, as ``methods.q_vlm`` has them.
+    """Half-open ranges [blocks, 2] of decoder layers ("partition"); where the entropy decides on them also "entropy"
+    [layers] and "dependency" [layers - 1] of neighbours, as ``methods.q_vlm`` has them.
     """
     stream = capture_stream(
         context.model, context.adapter, "text", context.samples[:PARTITION_SAMPLES]
