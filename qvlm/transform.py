@@ -26,11 +26,11 @@ from qvlm.recipe import Recipe
 
 
 def chosen(recipe: Recipe) -> tuple[str, ...]:
-    """Names of the transforms a recipe asks for, in order: its own, then those that its method begins with, if there
-    is anything to quantize.
+    """Names of the transforms a recipe asks for, in order: its own, then those that its method begins with, unless its
+    rules leave everything float. Without rules it is an experiment's, which gives formats itself.
     """
     own = recipe.transforms
-    if all(rule.format.weights is None for rule in recipe.rules):
+    if recipe.rules and all(rule.format.weights is None for rule in recipe.rules):
         return own
     begins = [name for name in BEGINNINGS.get(recipe.method, ()) if name not in own]
     if recipe.options.get("rotations") == []:  # how a recipe leaves a method's rotation out

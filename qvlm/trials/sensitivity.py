@@ -158,14 +158,15 @@ class _Measurement:
         self.units = units(case.model, case.adapter, case.formats, case.min_blocks)
         self.judge = Judge(case.model, held)
         self.fit = fit
-        every = self._formats(None)
-        self.job = Job.begin(self._context(every))
+        # No rule reaches the embeddings: they are measured one at a time as well.
+        recipe = replace(case.recipe, rules=())
+        every = Context(case.model, case.adapter, list(fit), recipe, self._formats(None))
+        self.job = Job.begin(every)
         self.states: dict[str, State] = {}
 
     def _context(self, formats: Formats) -> Context:
-        case = self.case
-        recipe = replace(case.recipe, rules=())
-        return Context(case.model, case.adapter, list(self.fit), recipe, formats)
+        """The job's, whose model has the recipe's transforms, with these formats."""
+        return replace(self.job.context, formats=formats)
 
     def _formats(self, chosen: str | None) -> Formats:
         """Component -> linear -> ``chosen`` where it fits (None: any format that fits)."""
@@ -240,7 +241,7 @@ class _Measurement:
                     continue
                 started = time.perf_counter()
                 chosen = {unit.name: named_format(format_name)}
-                found = embedding.quantize(self.case.model, chosen, self.fit)
+                found = embedding.quantize(self.job.context.model, chosen, self.fit)
                 seconds = time.perf_counter() - started
                 kept = self.job.model.get_parameter(f"{unit.name}.weight").detach().clone()
                 embedding.apply(self.job.model, found)

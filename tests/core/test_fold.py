@@ -21,7 +21,7 @@ from qvlm.methods import TRANSFORMS, Context, State
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.recipe import COMPONENTS, RECIPES, LayerRule, Recipe, component_recipe, named_format
-from qvlm.transform import transform
+from qvlm.transform import chosen, transform
 from qvlm.trials.job import Job
 
 ADAPTER = ADAPTERS["llava"]
@@ -119,6 +119,8 @@ def test_transforms_come_from_the_recipe_and_the_method() -> None:
     resolve(tiny_llava(), ADAPTER, follow.with_options(alpha=1, damping=0.02))
     assert Recipe.from_json(follow.to_json()) == follow
     assert "transforms" not in RECIPES["w8a8"].to_json()
+    assert chosen(Recipe((), "awq")) == ("awq",) and chosen(RECIPES["float"]) == ()
+    assert chosen(replace(RECIPES["float"], method="awq")) == ()
     with pytest.raises(RecipeError, match="transforms 'rotate', expected a list"):
         Recipe.from_json({**EVERYTHING.to_json(), "transforms": "rotate"})
 

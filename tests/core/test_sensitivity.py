@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from tiny_source import picture, tiny_processor, tiny_questions
 
 from qvlm import cli, embedding, fakequant
 from qvlm.errors import CalibrationError
+from qvlm.methods import Context
 from qvlm.methods.rtn import round_to_nearest
 from qvlm.models import ADAPTERS
 from qvlm.plan import plan
@@ -25,6 +27,7 @@ from qvlm.quantize import build_samples
 from qvlm.recipe import FORMATS, Recipe, load_recipe
 from qvlm.source import Loaded, open_source
 from qvlm.trials import practice, sensitivity
+from qvlm.trials.job import Job
 from qvlm.trials.judge import Judge
 from qvlm.trials.results import Results
 from qvlm.trials.sensitivity import Case, measure, units
@@ -71,6 +74,16 @@ def test_a_row_is_that_unit_alone(case: Case, rows: list[dict[str, Any]]) -> Non
     table = ADAPTER.embeddings[0]
     embedding.apply(model, embedding.quantize(model, {table: FORMATS["w8a16"]}, []))
     assert find(rows, "layer", table, "w8a16")["kl"] == judge.measure(model)["kl"] > 0
+
+
+def test_a_table_behind_a_rotation_is_the_rotated_one(case: Case) -> None:
+    """What a transform changed is measured, not the source's table in a changed model."""
+    turned = replace(case, recipe=replace(case.recipe, transforms=("rotate",)), formats=("w8a8",))
+    job = Job.begin(Context(case.model, ADAPTER, turned.split()[0], turned.recipe, {}))
+    table = ADAPTER.embeddings[0]
+    embedding.apply(job.model, embedding.quantize(job.model, {table: FORMATS["w8a16"]}, []))
+    row = find(measure(turned, Results(None, {}), quiet), "layer", table, "w8a16")
+    assert row["kl"] == Judge(case.model, turned.split()[1]).measure(job.model)["kl"] > 0
 
 
 def test_a_component_is_all_of_its_layers(case: Case, rows: list[dict[str, Any]]) -> None:
