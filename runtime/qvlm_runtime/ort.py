@@ -23,6 +23,7 @@ from qvlm_runtime.backend import Array, Binding, Buffer, DeviceArray, TensorInfo
 from qvlm_runtime.cores import thread_limit
 from qvlm_runtime.errors import SessionError
 from qvlm_runtime.freed_memory import give_back
+from qvlm_runtime.int8_kernel import saturates
 from qvlm_runtime.prepared import kept_graph, prepared_entries, prepared_graph
 
 _DTYPES = {
@@ -163,13 +164,14 @@ class OrtSession:
         if profile is not None:
             options.enable_profiling = True
             options.profile_file_prefix = str(profile)
-        for entry, value in _entries(accuracy_level).items():
+        self._entries = _entries(onnxruntime, accuracy_level)
+        for entry, value in self._entries.items():
             options.add_session_config_entry(entry, value)
         graph = path
         try:
             if prepared is not None:
                 graph = prepared_graph(
-                    path, prepared, self._version, accuracy_level, self._write_prepared
+                    path, prepared, self._version, self._entries, self._write_prepared
                 )
                 options.graph_optimization_level = (
                     onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
@@ -192,14 +194,14 @@ class OrtSession:
         self.outputs = {t.name: _info(t) for t in self._native.get_outputs()}
         self._output_names = list(self.outputs)
 
-    def _write_prepared(self, target: Path, accuracy_level: int) -> None:
+    def _write_prepared(self, target: Path) -> None:
         """Open the graph once so that ONNX Runtime writes what it made of it."""
         import onnxruntime
 
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _LOG_ERROR
         options.optimized_model_filepath = str(target)
-        for entry, value in (_entries(accuracy_level) | prepared_entries(target)).items():
+        for entry, value in (self._entries | prepared_entries(target)).items():
             options.add_session_config_entry(entry, value)
         onnxruntime.InferenceSession(str(self._path), options, providers=["CPUExecutionProvider"])
 
@@ -279,14 +281,11 @@ class OrtSession:
         self._native = None
 
 
-def _entries(accuracy_level: int) -> dict[str, str]:
+def _entries(onnxruntime: Any, accuracy_level: int) -> dict[str, str]:
     """Session config entries that change the kernels."""
     return {
         "session.qdq_matmulnbits_accuracy_level": str(accuracy_level),
-        # Without VNNI the INT8 kernel adds pairs of products in 16 bits, which saturate: a tenth of
-        # the result was off on AVX2. This asks for the exact kernel there, and changes nothing
-        # where VNNI or AMX is present.
-        "session.x64quantprecision": "1",
+        "session.x64quantprecision": "1" if saturates(onnxruntime) else "0",
     }
 
 
@@ -296,7 +295,9 @@ def has_prepared(path: Path, folder: Path, accuracy_level: int) -> bool:
         import onnxruntime
     except ImportError:  # opening the graph says so
         return False
-    return kept_graph(path, folder, onnxruntime.__version__, accuracy_level).is_file()
+    return kept_graph(
+        path, folder, onnxruntime.__version__, _entries(onnxruntime, accuracy_level)
+    ).is_file()
 
 
 def executed_operators(

@@ -7,10 +7,10 @@ open, 0.10 GB resident instead of 0.67. Of what is left half is packing still, p
 packed form in the file by the hash of what it packed. The files take up to twice the disk of the graph's, which they
 hold too, and making them takes about twice the memory of a plain load, once.
 
-What is kept holds for one graph, one version of ONNX Runtime, one processor and one accuracy level; all four make its
-name, so a change makes a new one and an old one is never opened. Old ones are not deleted. The folder is trusted: keep
-it where only the application writes. The model folder's weights are compared with its manifest when they are prepared,
-unless that load was told not to; later loads do not read them.
+What is kept holds for one graph, one version of ONNX Runtime, one processor and the settings of the session; all four
+make its name, so a change makes a new one and an old one is never opened. Old ones are not deleted. The folder is
+trusted: keep it where only the application writes. The model folder's weights are compared with its manifest when they
+are prepared, unless that load was told not to; later loads do not read them.
 """
 
 from __future__ import annotations
@@ -20,36 +20,36 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from qvlm_runtime.errors import SessionError
 
 
-def kept_graph(path: Path, folder: Path, version: str, accuracy_level: int) -> Path:
+def kept_graph(path: Path, folder: Path, version: str, entries: Mapping[str, str]) -> Path:
     """Where ``folder`` keeps, or would keep, the prepared form of the graph at ``path``."""
-    return folder / f"{path.stem}-{_key(path, version, accuracy_level)}" / path.name
+    return folder / f"{path.stem}-{_key(path, version, entries)}" / path.name
 
 
 def prepared_graph(
     path: Path,
     folder: Path,
     version: str,
-    accuracy_level: int,
-    write: Callable[[Path, int], None],
+    entries: Mapping[str, str],
+    write: Callable[[Path], None],
 ) -> Path:
     """The prepared form of the graph at ``path``, made by ``write`` if ``folder`` has none.
 
-    write: gets the path to write the graph to, its data beside it, and the accuracy level. Several processes may do
-    this at once: the first to finish is kept. SessionError if the folder cannot be written.
+    entries: the session's, by name. write: gets the path to write the graph to, its data beside it. Several processes
+    may do this at once: the first to finish is kept. SessionError if the folder cannot be written.
     """
-    graph = kept_graph(path, folder, version, accuracy_level)
+    graph = kept_graph(path, folder, version, entries)
     if graph.is_file():
         return graph
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as unfinished:
-            write(Path(unfinished) / path.name, accuracy_level)
+            write(Path(unfinished) / path.name)
             try:
                 os.rename(unfinished, graph.parent)
             except OSError:
@@ -73,11 +73,11 @@ def prepared_entries(target: Path) -> dict[str, str]:
     }
 
 
-def _key(path: Path, version: str, accuracy_level: int) -> str:
+def _key(path: Path, version: str, entries: Mapping[str, str]) -> str:
     """Names what a prepared graph depends on. Data files by size and time: hashing takes as long as loading."""
     words = [
         version,
-        str(accuracy_level),
+        *(f"{name}={value}" for name, value in sorted(entries.items())),
         _processor(),
         hashlib.sha256(path.read_bytes()).hexdigest(),
     ]

@@ -98,25 +98,25 @@ def test_weights_are_hashed_when_they_are_prepared_and_not_again(
 def test_a_write_that_fails_leaves_nothing(folder: Path, tmp_path: Path) -> None:
     graph = folder / "ort/decoder.onnx"
 
-    def fails(path: Path, level: int) -> None:
+    def fails(path: Path) -> None:
         path.write_bytes(b"half")
         raise MemoryError
 
     with pytest.raises(MemoryError):
-        prepared.prepared_graph(graph, tmp_path, "1", 4, fails)
+        prepared.prepared_graph(graph, tmp_path, "1", {}, fails)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_of_two_at_once_the_first_to_finish_is_kept(folder: Path, tmp_path: Path) -> None:
     graph = folder / "ort/decoder.onnx"
 
-    def slower(path: Path, level: int) -> None:
+    def slower(path: Path) -> None:
         prepared.prepared_graph(
-            graph, tmp_path, "1", 4, lambda p, _: p.write_bytes(b"first") and None
+            graph, tmp_path, "1", {}, lambda p: p.write_bytes(b"first") and None
         )
         path.write_bytes(b"second")
 
-    found = prepared.prepared_graph(graph, tmp_path, "1", 4, slower)
+    found = prepared.prepared_graph(graph, tmp_path, "1", {}, slower)
     assert found.read_bytes() == b"first" and len(names(tmp_path)) == 1
 
 
