@@ -56,12 +56,13 @@ What the other stages are worth without it, 32 samples of one draw, 480 question
   measured.
 
 Cost: GPTAQ's passes, two sweeps for the two scales, two descents, and ``steps`` times ``batch`` forward and backward
-passes of the block (with loss "answers" or "both", of the decoder behind it; with curvature weights, one backward pass
-of the model per sample).
+passes of the block, fewer where the fitted samples would be gone through more than ``passes`` times (with loss
+"answers" or "both", of the decoder behind it; with curvature weights, one backward pass of the model per sample).
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -114,7 +115,8 @@ class Settings:
     solver: str = "gradient"
     solver_bits: int = 4
     loss: str = "output"
-    steps: int = 60
+    steps: int = 60  # at most
+    passes: float = 5.0  # over the fitted samples, at most
     batch: int = 4
     rate: float | None = None  # of the roundings; None: 1 / steps
     scale_rate: float = 0.1  # of the scales, as a share of rate
@@ -134,7 +136,7 @@ class Settings:
                 raise RecipeError(
                     f"option {name}: {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
-        for name in ("depth", "steps", "batch", "every"):
+        for name in ("depth", "steps", "batch", "every", "passes"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected at least 1")
         for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
@@ -153,6 +155,13 @@ class Settings:
     def kernel(self) -> gptq.Settings:
         """What GPTQ's sweep takes."""
         return gptq.Settings(damping=self.damping)
+
+    def descent(self, samples: int, seed: int) -> Descent:
+        """Step 3's plan for so many samples: few of them are not gone through more than ``passes`` times."""
+        fitted = len(split(samples)[0])
+        steps = max(1, min(self.steps, math.ceil(self.passes * fitted / self.batch)))
+        rate = self.rate or 1 / steps
+        return Descent(steps, self.batch, rate, rate * self.scale_rate, self.every, seed)
 
     @property
     def staged(self) -> bool:
@@ -212,15 +221,7 @@ class Fused:
         if settings.solver == "grid":
             chosen, report["solver"] = grid_solver(loss, started.soft)
         else:
-            rate = settings.rate or 1 / settings.steps
-            plan = Descent(
-                settings.steps,
-                settings.batch,
-                rate,
-                rate * settings.scale_rate,
-                settings.every,
-                recipe.seed,
-            )
+            plan = settings.descent(len(block.quant_inputs), recipe.seed)
             chosen, report["solver"] = gradient_solver(loss, started.soft, plan)
         return BlockResult(
             {name: _with_weight(started.results[name], q) for name, q in chosen.items()}, report

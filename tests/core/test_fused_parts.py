@@ -117,3 +117,28 @@ def test_blocks_and_temper_follow_their_options(block: Block) -> None:
     expected = (curvature / curvature.mean()).square()
     # Float32: two means over these tokens and a square, each a few units in the last place (6e-8).
     torch.testing.assert_close(torch.cat(found), expected / expected.mean(), rtol=1e-5, atol=0)
+
+
+def test_few_samples_get_fewer_steps() -> None:
+    """16 samples: 14 fitted, 5 passes over them in batches of 4 are 17.5 steps; the rates follow the steps."""
+    settings = fused.Settings()
+    few, many = settings.descent(16, 3), settings.descent(128, 3)
+    assert (few.steps, many.steps, many.seed) == (18, 60, 3)
+    assert (few.rate, many.rate) == (1 / 18, 1 / 60)
+    assert few.scale_rate == pytest.approx(0.1 / 18, rel=1e-15)
+    assert fused.Settings(rate=0.5).descent(16, 0).rate == 0.5
+    assert fused.Settings(batch=100, passes=1).descent(2, 0).steps == 1
+
+
+def test_the_solver_takes_these_steps(block: Block) -> None:
+    """4 samples, 3 fitted, 2 passes by one: 6 steps, judged after each 4 and at the end."""
+    options = {
+        "start": "nearest",
+        "scales": "max",
+        "sweeps": 0,
+        "batch": 1,
+        "every": 4,
+        "passes": 2,
+    }
+    result = METHODS["fused"].quantize_block(block, recipe(**options), {})
+    assert [step for step, _ in result.report["solver"]["held_out"]] == [0, 4, 6]
