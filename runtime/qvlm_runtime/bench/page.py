@@ -29,6 +29,7 @@ th,td{padding:.3rem .5rem;border-bottom:1px solid var(--line);text-align:right;v
 th{color:var(--soft);font-weight:600;vertical-align:bottom}
 th:first-child,td:first-child{text-align:left}
 td{white-space:nowrap}
+td:first-child{white-space:normal;overflow-wrap:anywhere;min-width:9rem}
 svg text{font:13px system-ui,sans-serif;fill:var(--ink)}
 svg text.soft{fill:var(--soft)}
 svg .grid{stroke:var(--line);fill:none}
