@@ -113,7 +113,7 @@ class Settings:
     partition: str = "entropy"
     depth: int = 3
     solver: str = "gradient"
-    solver_bits: int = 4
+    solver_bits: int = 3
     loss: str = "output"
     steps: int = 60  # at most
     passes: float = 5.0  # over the fitted samples, at most

@@ -142,3 +142,12 @@ def test_the_solver_takes_these_steps(block: Block) -> None:
     }
     result = METHODS["fused"].quantize_block(block, recipe(**options), {})
     assert [step for step, _ in result.report["solver"]["held_out"]] == [0, 4, 6]
+
+
+def test_joint_rounding_is_left_out_above_three_bits() -> None:
+    options = {"start": "nearest", "scales": "max", "sweeps": 0, "steps": 1, "batch": 1}
+    for name, solved in (("w3a16", True), ("w4a16", False)):
+        block = tiny_block(tiny_stream("text", 2), name, error=0.1)
+        rules = component_recipe(name, "float", "float", method="fused", options=options)
+        result = METHODS["fused"].quantize_block(block, rules, {})
+        assert ("solver" in result.report) is solved
