@@ -27,33 +27,13 @@ Token weights in H, D and the loss (``weights``) are off by default ("uniform").
 with each token of each linear's output (``curvature``), to the power ``temper``. "modality": image and text tokens
 weigh the same in total. "vlmq": ``methods.vlmq``'s factors for the attention's linears.
 
-What the rotation is worth on the demo, decoder alone, four bits, 128 calibration samples, two draws, 1,000 questions
-that no published table uses; mean KL in nats per answer token, then without the worst 2 %:
+What each stage is worth stands in README (three draws, four and three bits): most the rotation and the searched scales;
+shrinkage guards against single draws that lose; descent pays at three bits, joint rounding at three and fewer, at four
+it loses, so ``solver_bits`` is 3.
 
-    gptaq, unrotated               3.4e-3 (one draw)    1.34e-4
-    rotate+gptaq                   5.7e-4, 5.3e-4       6.2e-5, 7.8e-5
-    fused                          5.3e-4, 7.4e-4       6.4e-5, 5.9e-5
-    fused without solver           4.2e-4, 9.3e-4       6.0e-5, 6.4e-5
-
-So it is worth more than all the other stages, which differ here by less than draws do. The demo has outlier channels in
-front of its linears, put there on purpose, as large language models grow them; a model without gains less.
-
-What the other stages are worth without it, 32 samples of one draw, 480 questions, without solver unless said:
-
-* Four bits: gptq 1.67e-3, 2.4e-4; gptaq 2.08e-3, 1.9e-4. Without shrinkage 2.7e-2, 2.2e-4 (no descent 4.4e-3, scales
-  by the maximum 1.2e-3, by the diagonal of H 1.1e-3, each about 2.2e-4): search and descent need it together. With
-  shrinkage 0.02 1.03e-3, 1.7e-4; 0.1 1.16e-3, 1.5e-4, with the held-out guard 9.9e-4, 1.2e-4; 0.5 1.31e-3, 1.8e-4. The
-  default lies between 0.02 and 0.1, which differ by less than draws do.
-* Three bits: gptaq 3.3e-3, 5.7e-4; without shrinkage 3.2e-3, 5.1e-4; 0.1 2.3e-3, 5.5e-4, guarded 3.7e-3, 5.4e-4.
-* A token lost whole was traced to one word, "dog", which no draw of the calibration held: a head of the first layer
-  attends behind it to one of two neighbours, by a margin that rounding sometimes exceeds. Calibration samples made of
-  unseen tokens were left out: 7.6e-3 and 7.0e-3 as random sequences (both lost the word), 1.1e-3 behind real prompts
-  (one draw), against 9.9e-4 and 1.2e-3 without.
-* Curvature weights lost badly before shrinkage was there (three bits: 2.3e-2 at temper 0.5 against 1.3e-3).
-* Scales tuned end to end (Adam on the answers' KL, three passes, from gptaq's integers) were left out: 1.28e-3 became
-  1.23e-3 on 2,000 questions, 1.20e-3 with 900 further samples; from those of ``fused`` 1.22e-3 became 1.25e-3.
-* The loss "both" (block output and answers) overfits: held-out samples reject its result. "answers" alone was not
-  measured.
+Tried and left out: scales tuned end to end (Adam on the answers' KL), which 900 further samples did not make to pay;
+calibration samples of random tokens; the loss "both", whose result held-out samples reject. Curvature weights lost
+before H was shrunk and were not measured since.
 
 Cost: GPTAQ's passes, two sweeps for the two scales, two descents, and ``steps`` times ``batch`` forward and backward
 passes of the block, fewer where the fitted samples would be gone through more than ``passes`` times (with loss

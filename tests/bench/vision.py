@@ -32,6 +32,7 @@ from qvlm_export.targets import named_target
 from qvlm_export.weights import Weights, write_model
 from qvlm_runtime.backend import FAST
 from qvlm_runtime.bench.figure import figure, ratio
+from qvlm_runtime.bench.machine import Machine
 from qvlm_runtime.ort import OrtSession
 
 PREFIX = "model.vision_tower.vision_model"
@@ -162,7 +163,9 @@ def main() -> None:
         )
     print(f"w8a8 is {speed.median:.2f} x as fast [{speed.low:.2f}, {speed.high:.2f}]")
     if args.json:
-        result = {"seconds": times, "speed": asdict(speed), "operators_ms": operators}
+        settings = {"layers": args.layers, "threads": args.threads, "rounds": args.rounds}
+        result = {"settings": settings, "machine": Machine().describe(), "seconds": times}
+        result |= {"speed": asdict(speed), "operators_ms": operators}
         args.json.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
