@@ -23,7 +23,8 @@ _SMALLEST_NORMAL = {"float16": 2.0**-14, "bfloat16": 2.0**-126, "float32": 2.0**
 @dataclass(frozen=True)
 class LinearPlan:
     """One linear as the graph will have it: weight [out_features, in_features] of the
-    checkpoint. maxima: m of text and of image tokens, kind split only.
+    checkpoint. maxima: m of text and of image tokens, kind split only. joined: kind int4, whether
+    the target takes several as one.
     """
 
     name: str
@@ -33,11 +34,14 @@ class LinearPlan:
     input_scale: float | None = None
     block: int | None = None
     maxima: tuple[float, float] | None = None
+    joined: bool = False
 
     @property
     def merge_key(self) -> tuple[object, ...] | None:
         """Linears of equal key that read the same tensor become one GEMM."""
-        return (self.kind, self.input_scale, self.maxima) if self.kind in INT8_KINDS else None
+        if self.kind in INT8_KINDS:
+            return (self.kind, self.input_scale, self.maxima)
+        return (self.kind, self.block) if self.joined else None
 
 
 def check_deployable(checkpoint: Checkpoint) -> None:
@@ -92,7 +96,8 @@ def plan_linear(b: GraphBuilder, name: str) -> LinearPlan:
     out_features, in_features = sizes
     if kind == "int4":
         block = _int4_block(b, name, out_features, in_features)
-        return LinearPlan(name, kind, out_features, in_features, block=block)
+        joined = b.target.int4_joined
+        return LinearPlan(name, kind, out_features, in_features, block=block, joined=joined)
     if kind == "split":
         text, image = (_checked_scale(b, name, 127.0 * s) for s in _static_scales(b, name, 2))
         return LinearPlan(name, kind, out_features, in_features, maxima=(text, image))

@@ -14,7 +14,9 @@ Five kinds, chosen per linear by the checkpoint (x [1, S, K], weight stored as [
 scale exactly and W * s0 * c[n] is its dequantized weight bit for bit. s0 is also small enough that
 no GEMM result leaves float16. INT8 linears that read the same tensor in the same way share one Q
 and become one GEMM followed by Split: with a shared INT8 Q and separate GEMMs, ONNX Runtime runs 2
-of 7 as integers; merged, all; TensorRT saves a kernel.
+of 7 as integers; merged, all; TensorRT saves a kernel. INT4 linears that read the same tensor
+become one where the target asks for it (``int4_joined``); no number changes, as columns of a
+product do not depend on one another.
 
 Rules kept (TensorRT rule book): zero points are INT8 zeros, always given to Q (Q-01, Q-02); scales
 are constants of the activation's float type (Q-03, Q-05); ``axis`` is explicit on block scales
@@ -48,8 +50,8 @@ TOKEN_FLOOR = 1e-4
 
 
 def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value]:
-    """Linears that read the same ``x`` [1, S, K], each to [1, S, N]; INT8 ones of one kind become
-    one GEMM.
+    """Linears that read the same ``x`` [1, S, K], each to [1, S, N]; those of one ``merge_key``
+    become one GEMM.
     """
     groups: dict[tuple[object, ...] | str, list[LinearPlan]] = {}
     for name in names:
@@ -60,7 +62,7 @@ def linears(b: GraphBuilder, x: ir.Value, names: Sequence[str]) -> list[ir.Value
         with b.scope("+".join(p.name.rsplit(".", 1)[-1] for p in group)):
             for name in (p.name for p in group):
                 b.expect_held(x, name)
-            lower = _int8 if group[0].kind in INT8_KINDS else _alone
+            lower = _int8 if group[0].kind in INT8_KINDS else _weight_only
             parts = [_held(b, p, y) for p, y in zip(group, lower(b, x, group), strict=True)]
         outputs.update(zip((p.name for p in group), parts, strict=True))
     return [outputs[name] for name in names]
@@ -82,7 +84,7 @@ def heads_linear(b: GraphBuilder, x: ir.Value, name: str) -> ir.Value:
         with b.scope(name.rsplit(".", 1)[-1]):
             flat = b.op("Reshape", x, b.i64(-1, one.in_features))
             b.expect_held(flat, name)
-            product = _held(b, one, _alone(b, flat, [one])[0])
+            product = _held(b, one, _weight_only(b, flat, [one])[0])
             return b.op("Reshape", product, b.i64(1, -1, one.out_features))
     return linear(b, b.op("Reshape", x, b.i64(0, 0, one.in_features)), name)
 
@@ -119,18 +121,25 @@ def lookup(b: GraphBuilder, ids: ir.Value, name: str, shape: tuple[int, int]) ->
     return b.op("Mul", rows, b.op("Gather", b.constant(f"{name}.row_scale", factor), ids, axis=0))
 
 
-def _alone(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
-    """A group of one float or INT4 linear; of float32 values, or to values that float16 does not
-    hold, it multiplies x / m and gives product * m.
+def _weight_only(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
+    """A float linear or INT4 ones; of float32 values, or to values that float16 does not hold,
+    they multiply x / m and give product * m.
     """
     m = None
-    if b.is_wide(x) or b.overflow.row(group[0].name, "output"):
+    if b.is_wide(x) or any(b.overflow.row(p.name, "output") for p in group):
         m = _token_maximum(b, x)
         x = b.narrow(b.op("Div", x, m))
-    product = _matmul(b, x, group[0])
+    product = _matmul(b, x, group)
     if m is not None:
         product = b.op("Mul", b.widen(product), m)
-    return [_bias(b, product, group)]
+    return _parts(b, _bias(b, product, group), group)
+
+
+def _parts(b: GraphBuilder, product: ir.Value, group: Sequence[LinearPlan]) -> list[ir.Value]:
+    """The results of a group's linears."""
+    if len(group) == 1:
+        return [product]
+    return list(split_last(b, product, [p.out_features for p in group]))
 
 
 def _held(b: GraphBuilder, one: LinearPlan, product: ir.Value) -> ir.Value:
@@ -138,27 +147,27 @@ def _held(b: GraphBuilder, one: LinearPlan, product: ir.Value) -> ir.Value:
     return b.held(product, one.name, wide=b.overflow.beside(one.name))
 
 
-def _matmul(b: GraphBuilder, x: ir.Value, one: LinearPlan) -> ir.Value:
-    """Float or INT4 product."""
-    width = one.out_features
+def _matmul(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> ir.Value:
+    """Product with a float weight, or with the INT4 weights of a group."""
+    first, width = group[0], sum(p.out_features for p in group)
+    depth, block = first.in_features, first.block
 
     def product(x: ir.Value, piece: Piece) -> ir.Value:
-        if one.kind == "int4":
-            node = b.op("MatMul", x, _int4_weight(b, one, piece))
-            _mark(node, [one])
+        if block is not None:
+            node = b.op("MatMul", x, _int4_weight(b, group, block, piece))
+            _mark(node, group)
             return node
         weight = b.weights.stored(
-            f"{one.name}.weight",
+            f"{first.name}.weight",
             (piece.depth, width),
             lambda array: piece.columns(array.reshape(width, -1)).T,
         )
-        return b.op("MatMul", x, b.constant(f"{one.name}.weight{piece.suffix}", weight))
+        return b.op("MatMul", x, b.constant(f"{first.name}.weight{piece.suffix}", weight))
 
-    if one.block is not None:
-        nbytes, least = one.in_features * width // 2, one.block * b.target.int4_blocks
-        return summed(b, x, one.in_features, nbytes, one.block, least, product)
-    nbytes = one.in_features * width * int(b.float_type.itemsize)
-    return summed(b, x, one.in_features, nbytes, 1, 1, product)
+    if block is not None:
+        least = block * b.target.int4_blocks
+        return summed(b, x, depth, depth * width // 2, block, least, product)
+    return summed(b, x, depth, depth * width * int(b.float_type.itemsize), 1, 1, product)
 
 
 def _mark(product: ir.Value, group: Sequence[LinearPlan]) -> None:
@@ -211,23 +220,25 @@ def _scales(checkpoint: Checkpoint, name: str) -> Array:
     return scale
 
 
-def _int4_weight(b: GraphBuilder, one: LinearPlan, piece: Piece) -> ir.Value:
-    checkpoint, name, block = b.weights.checkpoint, one.name, one.block
-    assert block is not None
-    shape = (piece.depth, one.out_features)
-    scales = (piece.depth // block, one.out_features)
+def _int4_weight(
+    b: GraphBuilder, group: Sequence[LinearPlan], block: int, piece: Piece
+) -> ir.Value:
+    """DequantizeLinear of a group's integers [depth, N] beside one another."""
+    checkpoint, width = b.weights.checkpoint, sum(p.out_features for p in group)
 
     def integers() -> Array:
-        return np.ascontiguousarray(piece.columns(_load(checkpoint, name).integers).T)
+        rows = [piece.columns(_load(checkpoint, p.name).integers) for p in group]
+        return np.ascontiguousarray(np.concatenate(rows).T)
 
     def scale() -> Array:
-        return piece.columns(_scales(checkpoint, name)).T
+        return np.concatenate([piece.columns(_scales(checkpoint, p.name)) for p in group]).T
 
-    key = f"{name}.weight_scale"
+    name, key = (_joint(group, suffix) + piece.suffix for suffix in ("weight", "weight_scale"))
+    shape, scales = (piece.depth, width), (piece.depth // block, width)
     return b.op(
         "DequantizeLinear",
-        b.constant(f"{name}.weight{piece.suffix}", lazy_int4(shape, integers)),
-        b.constant(key + piece.suffix, b.weights.lazy(key, scales, scale)),
+        b.constant(name, lazy_int4(shape, integers)),
+        b.constant(key, b.weights.lazy(key, scales, scale)),
         axis=0,
         block_size=block,
     )
@@ -259,10 +270,7 @@ def _int8(b: GraphBuilder, x: ir.Value, group: Sequence[LinearPlan]) -> list[ir.
     product = _int8_product(b, data, scale, group)
     if m is not None:
         product = b.op("Mul", product, m)
-    product = _bias(b, product, group)
-    if len(group) == 1:
-        return [product]
-    return list(split_last(b, product, [p.out_features for p in group]))
+    return _parts(b, _bias(b, product, group), group)
 
 
 def _token_maximum(b: GraphBuilder, x: ir.Value) -> ir.Value:

@@ -27,6 +27,8 @@ class Target:
     int4_blocks: least number of INT4 blocks along K; TensorRT does not fuse a single one (rule
         W-05).
     int4_sizes: rows of an INT4 block that the consumer multiplies with (rule W-04).
+    int4_joined: INT4 linears that read one tensor become one product and a Split. ONNX Runtime then
+        starts fewer of them in a decode step; TensorRT's kernels for it were not measured.
     image_batch: images in one run of the vision graph, None when free; a fixed 1 saves two kernels
         per layer.
     release: the TensorRT release whose rules the graph must keep, None outside TensorRT.
@@ -52,6 +54,7 @@ class Target:
     dtypes: tuple[FloatType, ...] = ("float32",)
     caches: tuple[CacheForm, ...] = ()
     int4_sizes: tuple[int, ...] = (64, 128)
+    int4_joined: bool = False
     max_constant: int | None = None
     overflow: OnOverflow = "refuse"
 
@@ -109,6 +112,7 @@ def _onnxruntime(name: str, dtype: FloatType, cache: CacheForm, hardware: str) -
         dtypes=(dtype,),
         caches=(cache,),
         int4_sizes=(16, 32, 64, 128, 256),
+        int4_joined=True,
     )
 
 

@@ -274,3 +274,24 @@ def test_static_without_scale_is_refused(checkpoint: Checkpoint) -> None:
     b, x = _builder(_with_entry(checkpoint, "a.k_proj", "w8a8-static"))
     with pytest.raises(ExportError, match=r"a\.k_proj: static activations without"):
         linears(b, x, ["a.k_proj"])
+
+
+def test_joined_int4_linears_give_the_numbers_of_separate_ones(tmp_path: Path) -> None:
+    """Of equal blocks and one input: one product on ONNX Runtime, each its own on TensorRT; a bias
+    stays its linear's."""
+    kinds = {"q": ("w4a16", 96, True), "k": ("w4a16", 64, False), "v": ("w4a16", 32, True)}
+    kinds["g"] = ("w4a16-g64", 48, False)
+    rng, writer = np.random.default_rng(1), CheckpointWriter(tmp_path / "checkpoint")
+    for name, (format_name, out, bias) in kinds.items():
+        writer.add_linear("text", f"a.{name}", _integers(out, format_name, rng))
+        if bias:
+            writer.add(f"a.{name}.bias", rng.normal(size=out).astype(np.float32))
+    writer.close({"model_type": "none"}, Recipe(()), {})
+    checkpoint, names, x = Checkpoint(tmp_path / "checkpoint"), [f"a.{n}" for n in kinds], _inputs()
+    for target, products in (("ort", 2), ("jetpack6", 4)):
+        together = _run(checkpoint, tmp_path, target, names, x)
+        nodes = ir.load(tmp_path / "linears.onnx").graph
+        assert sum(node.op_type == "MatMul" for node in nodes) == products
+        for name in names:
+            alone = _run(checkpoint, tmp_path, target, [name], x)[name]
+            np.testing.assert_array_equal(together[name], alone)
