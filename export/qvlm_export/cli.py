@@ -21,6 +21,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qvlm.commands.recipe import add_untie_argument
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
 from qvlm.recipe import RECIPES, Recipe, load_recipe
@@ -117,6 +118,7 @@ def _export_parser() -> Command:
         metavar="MB",
         help="store a larger weight (a large output projection) in pieces of MB megabytes",
     )
+    add_untie_argument(parser)
     add_budget_arguments(parser)
     add_sensitivity_argument(parser)
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
@@ -145,15 +147,21 @@ def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
     """The recipe by its name or file, or the best one within the budget, under what the arguments override."""
     recipe = load_recipe(args.recipe)
     method = args.method or ("fused" if args.recipe in RECIPES else None)
-    given = {"method": method, "samples": args.samples, "seed": args.seed}
+    given = {
+        "method": method, "samples": args.samples, "seed": args.seed, "untie": args.untie or None
+    }  # fmt: skip
     recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if (budget := budget_of(args)) is None:
-        return recipe
-    from qvlm.trials.sensitivity_run import Settings, recipe_within
     from qvlm_export.pipeline import is_quantized
 
-    if is_quantized(args.source):
-        raise ExportError(f"{args.source}: already quantized, a budget cannot change it.")
+    budget = budget_of(args)
+    if (budget or args.untie) and is_quantized(args.source):
+        raise ExportError(
+            f"{args.source}: already quantized, neither a budget nor --untie changes it."
+        )
+    if budget is None:
+        return recipe
+    from qvlm.trials.sensitivity_run import Settings, recipe_within
+
     file = sensitivity_file(args, args.out)
     blocks = max(TARGETS[name].int4_blocks for name in targets)
     settings = Settings(calib=args.calib, int4_blocks=blocks)

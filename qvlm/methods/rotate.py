@@ -42,6 +42,7 @@ from qvlm.models.adapter import Adapter
 from qvlm.progress import Progress
 from qvlm.recipe import Recipe
 from qvlm.rotation import Rotation, random_signs
+from qvlm.untie import HINT
 
 KINDS = ("residual", "values")
 OPTIONS: Mapping[str, Any] = {"rotations": list(KINDS)}  # R1, R2
@@ -62,15 +63,15 @@ class Rotate:
             )
         if "residual" not in kinds:
             return
-        hint = 'Set the option rotations to ["values"], or leave rotate out.'
+        hint = 'Leave rotate out, set the option rotations to ["values"]'
         if adapter.residual is None:
             raise RecipeError(
-                f"transform rotate: no rotation passes the residual stream of {adapter.model_type}. {hint}"
+                f"transform rotate: no rotation passes the residual stream of {adapter.model_type}. {hint}."
             )
         if adapter.tied(model):
             raise RecipeError(
                 f"transform rotate: {adapter.head} shares the embedding's weight (tie_word_embeddings), but must "
-                f"absorb the final norm's gain alone. {hint}"
+                f"absorb the final norm's gain alone. {hint}, or {HINT}."
             )
 
     def find(self, context: Context, progress: Progress) -> State:
