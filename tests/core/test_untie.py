@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_families import questions, tied, write_source
+from tiny_imported import write_imported
 from tiny_source import picture, tiny_questions
 
 from qvlm import cli
@@ -231,3 +232,16 @@ def test_sensitivity_measures_the_head_and_the_table(
     assert cli.main([*budget, "--untie"]) == 0
     head = json.loads(capsys.readouterr().out)["components"][3]
     assert head["component"] == "head" and head["formats"] == {"w8a8": 1}
+
+
+def test_integers_that_others_made_are_kept_beside_a_quantized_head(
+    source: Path, tmp_path: Path
+) -> None:
+    grids = write_imported(source, tmp_path / "in", "awq")
+    recipe = component_recipe("w4a16", "float", "float", "w8a8", untie=True)
+    arguments: dict[str, Any] = {"questions": tiny_questions(1), "goldens": 1}
+    checkpoint = Checkpoint(quantize(str(tmp_path / "in"), tmp_path / "out", recipe, **arguments))
+    assert set(checkpoint.linears) == {*grids, "lm_head"}
+    for name, (integers, _) in grids.items():
+        linear = checkpoint.linear(name)
+        assert linear is not None and np.array_equal(linear.integers, integers)

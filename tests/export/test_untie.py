@@ -39,7 +39,7 @@ def recipe(method: str, head: str) -> Recipe:
     [
         ("qwen2_vl", "rotate+gptq", "w8a8"),
         ("internvl", "gptq", "w4a16"),
-        ("smolvlm", "fused", "w4a16"),
+        ("smolvlm", "fused:steps=4,sweeps=1", "w4a16"),
         ("llava_onevision", "gptq", "w8a8"),
     ],
 )
