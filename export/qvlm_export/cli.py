@@ -21,10 +21,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from qvlm.commands.recipe import add_untie_argument
+from qvlm.commands.recipe import add_untie_argument, recipe_of
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
-from qvlm.recipe import RECIPES, Recipe, load_recipe
+from qvlm.recipe import RECIPES, Recipe
 from qvlm.trials.budget import (
     add_budget_arguments,
     add_sensitivity_argument,
@@ -145,19 +145,14 @@ def _export_parser() -> Command:
 
 def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
     """The recipe by its name or file, or the best one within the budget, under what the arguments override."""
-    recipe = load_recipe(args.recipe)
-    method = args.method or ("fused" if args.recipe in RECIPES else None)
-    given = {
-        "method": method, "samples": args.samples, "seed": args.seed, "untie": args.untie or None
-    }  # fmt: skip
-    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
     from qvlm_export.pipeline import is_quantized
 
+    recipe = recipe_of(args)
+    if args.method is None and args.recipe in RECIPES:
+        recipe = replace(recipe, method="fused")
     budget = budget_of(args)
     if (budget or args.untie) and is_quantized(args.source):
-        raise ExportError(
-            f"{args.source}: already quantized, neither a budget nor --untie changes it."
-        )
+        raise ExportError(f"{args.source}: already quantized, no budget and no --untie changes it.")
     if budget is None:
         return recipe
     from qvlm.trials.sensitivity_run import Settings, recipe_within

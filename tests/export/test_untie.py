@@ -77,4 +77,4 @@ def test_the_command_plans_a_copy_and_refuses_a_quantized_source(
     # Named recipes leave the head float: the table once more at 16 bits.
     assert bytes_[1] - bytes_[0] == 2 * 400 * 384
     assert main([str(tiny_checkpoint), str(tmp_path / "out"), "--untie"]) == 1
-    assert "already quantized, neither a budget nor --untie changes it" in capsys.readouterr().err
+    assert "already quantized, no budget and no --untie changes it" in capsys.readouterr().err
