@@ -30,6 +30,7 @@ from qvlm.methods.gptq import gptq_matrix
 from qvlm.methods.rtn import quantized_linear, round_to_nearest
 from qvlm.models.adapter import Adapter
 from qvlm.recipe import EMBEDDING, Format, Recipe
+from qvlm.untie import HINT
 
 TABLE_FORMATS = ("w8a16",)
 PATCH_FORMATS = ("w4a16", "w4a16-g64")
@@ -68,7 +69,7 @@ def resolve(model: nn.Module, adapter: Adapter, recipe: Recipe) -> dict[str, For
             continue
         if name not in known:
             raise RecipeError(
-                f"{name}: shares its weight with the head, which multiplies it. Keep it in float."
+                f"{name}: shares its weight with the head, which multiplies it. Keep it in float, or {HINT}."
             )
         if format_.name not in candidates(known[name]):
             raise RecipeError(

@@ -19,6 +19,7 @@ from qvlm.methods import METHODS, TRANSFORMS
 from qvlm.models.adapter import Adapter
 from qvlm.recipe import COMPONENTS, EMBEDDING, Format, Recipe
 from qvlm.source import Source, imports, skeleton
+from qvlm.untie import HINT, untied
 
 Formats = dict[str, dict[str, Format]]
 
@@ -128,7 +129,8 @@ def _check_split(component: str, name: str, format_: Format) -> None:
 def _check_tied_head(model: nn.Module, adapter: Adapter, formats: Formats) -> None:
     if "head" in formats and adapter.tied(model):
         raise RecipeError(
-            f"{adapter.head}: shares its weight with the embedding, which stays float. Keep the head in float."
+            f"{adapter.head}: shares its weight with the embedding, which stays float. Keep the head in float, or "
+            f"{HINT}."
         )
 
 
@@ -145,8 +147,8 @@ def linear_bytes(out_features: int, in_features: int, format_: Format | None) ->
 
 def plan(source: Source, recipe: Recipe) -> Plan:
     """The plan of quantizing ``source`` by ``recipe``; RecipeError or CheckpointError as the real run would raise."""
-    model = skeleton(source.directory)
     adapter = source.adapter
+    model = untied(skeleton(source.directory), adapter, recipe)
     entries = imports(source, model)
     recipe = transform.fitted(recipe, entries)
     own = resolve(model, adapter, recipe, entries)

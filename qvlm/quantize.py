@@ -1,6 +1,6 @@
 """The driver: source, recipe, samples -> quantized checkpoint. The only file that knows the order of the work.
 
-1. Check source and recipe (``plan.resolve``), load the model, build the samples.
+1. Check source and recipe (``plan.resolve``), load the model, untie its head if asked (``untie``), build the samples.
 2. Float goldens; the recipe's transforms, and a check that the changed model still answers the same; the largest
    activations, and the float hidden states that enter each component, while the model is still float.
 3. The method prepares; embeddings are rounded (``embedding``). Then for vision, projector, text, head the method cuts
@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ from qvlm.progress import Progress, silent
 from qvlm.recipe import COMPONENTS, EMBEDDING, Recipe
 from qvlm.source import Loaded, Source, imports, load, open_source, skeleton
 from qvlm.transform import fitted, transform
+from qvlm.untie import untied, untied_config
 from qvlm.workdir import WorkDirectory, digest
 
 __all__ = ["Plan", "build_samples", "plan", "quantize"]
@@ -87,12 +89,13 @@ def quantize(
     """
     work = WorkDirectory(output, resume)
     source = open_source(source) if isinstance(source, str) else source
-    tree = skeleton(source.directory)
+    tree = untied(skeleton(source.directory), source.adapter, recipe)
     integers = imports(source, tree)
     recipe = fitted(recipe, integers)
     formats = resolve(tree, source.adapter, recipe, integers)
     chosen = questions if questions is not None else calibration(calib, recipe.samples, recipe.seed)
     loaded = load(source, progress)
+    loaded = replace(loaded, model=untied(loaded.model, source.adapter, recipe))
     run = _Run(source, loaded, recipe, formats, progress)
     recorder = Recorder(loaded.model, source.adapter, loaded.processor, progress)
     prompts = recorder.prompts(chosen, goldens)
@@ -319,7 +322,10 @@ class _Run:
             for name in self.adapter.linears(self.model, component)
             if name not in self.linears and not (self.tied and name == self.adapter.head)
         }
-        writer.close(self.source.config, self.recipe, report, floats)
+        config = self.source.config
+        writer.close(
+            untied_config(config) if self.recipe.untie else config, self.recipe, report, floats
+        )
         for companion in _COMPANIONS:
             if (self.source.directory / companion).is_file():
                 shutil.copyfile(self.source.directory / companion, directory / companion)

@@ -4,7 +4,7 @@ A recipe is an ordered list of rules over linear names; the first rule that matc
 rule matches stays float. Formats have names (``w4a16`` ...) so that a recipe file stays short. A recipe file:
 
     {"schema": 1, "method": "q-vlm", "samples": 64, "seed": 0, "options": {"depth": 3}, "transforms": ["rotate"],
-     "rules": [{"pattern": "text.*", "format": "w4a16"}, {"pattern": "vision.*", "format": "w8a8"}]}
+     "untie": true, "rules": [{"pattern": "text.*", "format": "w4a16"}, {"pattern": "vision.*", "format": "w8a8"}]}
 
 Patterns are matched (fnmatch) on ``component.module_name``, component one of vision, projector, text, head:
 ``text.model.language_model.layers.0.mlp.up_proj``. A fifth component, embedding, holds the token table (format w8a16)
@@ -167,6 +167,8 @@ class Recipe:
     options: Mapping[str, Any] = field(default_factory=dict)
     # Equivalent changes of the float model before the method, in order (``qvlm.transform``).
     transforms: tuple[str, ...] = ()
+    # A head that shares the token table's weight gets a copy of its own first (``qvlm.untie``).
+    untie: bool = False
 
     def format_of(self, component: str, name: str) -> Format:
         """The format of linear ``name`` in ``component``."""
@@ -195,13 +197,14 @@ class Recipe:
             "seed": self.seed,
             "options": dict(self.options),
             **({"transforms": list(self.transforms)} if self.transforms else {}),
+            **({"untie": True} if self.untie else {}),
             "rules": [{"pattern": r.pattern, "format": r.format.name} for r in self.rules],
         }
 
     @staticmethod
     def from_json(data: Mapping[str, Any], where: str = "recipe") -> Recipe:
         """Read ``to_json``'s object; RecipeError on an unknown schema, key or format."""
-        known = {"schema", "method", "samples", "seed", "options", "transforms", "rules"}
+        known = {"schema", "method", "samples", "seed", "options", "transforms", "untie", "rules"}
         if unknown := sorted(set(data) - known):
             raise RecipeError(
                 f"{where}: unknown key {unknown[0]!r}. Known: {', '.join(sorted(known))}."
@@ -217,6 +220,8 @@ class Recipe:
         transforms = data.get("transforms", [])
         if not isinstance(transforms, list) or not all(isinstance(t, str) for t in transforms):
             raise RecipeError(f"{where}: transforms {transforms!r}, expected a list of names")
+        if not isinstance(untie := data.get("untie", False), bool):
+            raise RecipeError(f"{where}: untie {untie!r}, expected true or false")
         return Recipe(
             rules,
             str(data.get("method", "rtn")),
@@ -224,6 +229,7 @@ class Recipe:
             int(data.get("seed", 0)),
             dict(data.get("options", {})),
             tuple(transforms),
+            untie,
         )
 
 

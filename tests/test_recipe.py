@@ -6,6 +6,7 @@ Run: python -m pytest tests/test_recipe.py
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,8 @@ from qvlm.recipe import (
 @pytest.mark.parametrize("name", list(RECIPES))
 def test_json_round_trip(name: str) -> None:
     recipe = RECIPES[name].with_options(depth=3, h0=None)
-    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
+    for one in (recipe, replace(recipe, untie=True, transforms=("rotate",))):
+        assert Recipe.from_json(json.loads(json.dumps(one.to_json()))) == one
 
 
 def test_first_matching_rule_wins_and_no_match_is_float() -> None:
@@ -57,6 +59,7 @@ def test_group_size_that_does_not_divide_names_layer_and_way_out() -> None:
         ({"rulez": []}, "unknown key 'rulez'"),
         ({"rules": [{"pattern": "*", "format": "w5a5"}]}, "format 'w5a5' is unknown"),
         ({"rules": [{"pattern": "*"}]}, "must be a list"),
+        ({"untie": "yes"}, "untie 'yes', expected true or false"),
     ],
 )
 def test_bad_recipe_file_is_one_clear_line(

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import tiny_blip
 import tiny_qwen
@@ -20,15 +21,24 @@ from qvlm.recipe import RECIPES
 FAMILIES = ("llava", *tiny_tiles.PROCESSORS, *tiny_qwen.FAMILIES, "blip-2")
 
 
-def write_source(family: str, directory: Path) -> Path:
-    """A directory as Hugging Face has them: weights, tokenizer, processor, chat template."""
+def write_source(family: str, directory: Path, **changes: Any) -> Path:
+    """A directory as Hugging Face has them: weights, tokenizer, processor, chat template. ``changes`` go to the model's
+    config, as its family's module takes them.
+    """
     if family == "llava":
-        return tiny_source.write_tiny_source(directory)
+        return tiny_source.write_tiny_source(directory, **changes)
     if family in tiny_qwen.FAMILIES:
-        return tiny_qwen.write_tiny_source(directory, family)
+        return tiny_qwen.write_tiny_source(directory, family, **changes)
     if family == "blip-2":
-        return tiny_blip.write_tiny_source(directory)
-    return tiny_tiles.write_source(family, directory)
+        return tiny_blip.write_tiny_source(directory, **changes)
+    return tiny_tiles.write_source(family, directory, **changes)
+
+
+def tied(family: str, vocabulary: int) -> dict[str, Any]:
+    """The changes that tie its head to a table of ``vocabulary`` rows."""
+    text = "text__" if family in (*tiny_tiles.PROCESSORS, "blip-2") else "text_"
+    both = dict.fromkeys(("tie_word_embeddings", f"{text}tie_word_embeddings"), True)
+    return {**both, f"{text}vocab_size": vocabulary}
 
 
 def questions(family: str) -> list[Question]:

@@ -21,9 +21,10 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from qvlm.commands.recipe import add_untie_argument, recipe_of
 from qvlm.errors import ExportError, QvlmError
 from qvlm.progress import reporter
-from qvlm.recipe import RECIPES, Recipe, load_recipe
+from qvlm.recipe import RECIPES, Recipe
 from qvlm.trials.budget import (
     add_budget_arguments,
     add_sensitivity_argument,
@@ -117,6 +118,7 @@ def _export_parser() -> Command:
         metavar="MB",
         help="store a larger weight (a large output projection) in pieces of MB megabytes",
     )
+    add_untie_argument(parser)
     add_budget_arguments(parser)
     add_sensitivity_argument(parser)
     add("--max-context", type=int, metavar="N", help="cache length; default: the model's own")
@@ -143,17 +145,18 @@ def _export_parser() -> Command:
 
 def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
     """The recipe by its name or file, or the best one within the budget, under what the arguments override."""
-    recipe = load_recipe(args.recipe)
-    method = args.method or ("fused" if args.recipe in RECIPES else None)
-    given = {"method": method, "samples": args.samples, "seed": args.seed}
-    recipe = replace(recipe, **{key: value for key, value in given.items() if value is not None})
-    if (budget := budget_of(args)) is None:
-        return recipe
-    from qvlm.trials.sensitivity_run import Settings, recipe_within
     from qvlm_export.pipeline import is_quantized
 
-    if is_quantized(args.source):
-        raise ExportError(f"{args.source}: already quantized, a budget cannot change it.")
+    recipe = recipe_of(args)
+    if args.method is None and args.recipe in RECIPES:
+        recipe = replace(recipe, method="fused")
+    budget = budget_of(args)
+    if (budget or args.untie) and is_quantized(args.source):
+        raise ExportError(f"{args.source}: already quantized, no budget and no --untie changes it.")
+    if budget is None:
+        return recipe
+    from qvlm.trials.sensitivity_run import Settings, recipe_within
+
     file = sensitivity_file(args, args.out)
     blocks = max(TARGETS[name].int4_blocks for name in targets)
     settings = Settings(calib=args.calib, int4_blocks=blocks)

@@ -7,6 +7,7 @@ from dataclasses import asdict
 
 from qvlm.commands.command import Command, Json, say, table
 from qvlm.commands.experiment import add_experiment_arguments, experiment, note, rows_kept
+from qvlm.commands.recipe import add_untie_argument
 
 
 def _compare_arguments(parser: argparse.ArgumentParser) -> None:
@@ -24,6 +25,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
         help="name or name:option=value,option=value, values JSON or a word; transforms before it: "
         "rotate+gptq (rtn gptq)",
     )
+    add_untie_argument(parser)
     add_experiment_arguments(parser, samples=64, draws=3)
 
 
@@ -32,7 +34,7 @@ def _compare(arguments: argparse.Namespace) -> Json:
     from qvlm.trials.compare import HEADER, Case, compare, recipes, table_rows, task_rows
     from qvlm.trials.judge import Judge
 
-    wanted = recipes(arguments.formats, arguments.methods)
+    wanted = recipes(arguments.formats, arguments.methods, arguments.untie)
     given = experiment(arguments)
     model = given.loaded.model
     case = Case(

@@ -9,6 +9,7 @@ from pathlib import Path
 from qvlm.checkpoint import dump_json
 from qvlm.commands.command import Command, Json, say, table
 from qvlm.commands.experiment import note
+from qvlm.commands.recipe import add_untie_argument
 from qvlm.progress import reporter
 from qvlm.trials.budget import add_budget_arguments, budget_of
 
@@ -37,6 +38,7 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
         default=Path("sensitivity.json"),
         help="JSON file of finished rows; an interrupted run continues (sensitivity.json)",
     )
+    add_untie_argument(parser)
     add_budget_arguments(parser)
     parser.add_argument(
         "--write-recipe",
@@ -57,6 +59,7 @@ def _sensitivity(arguments: argparse.Namespace) -> Json:
         arguments.samples,
         arguments.seed,
         arguments.int4_blocks,
+        arguments.untie,
     )
     run = SensitivityRun(arguments.source, settings, arguments.output, reporter())
     budget = budget_of(arguments)

@@ -11,15 +11,16 @@ orthogonal Q (``qvlm.rotation``) the stream x becomes x Q, in which they are spr
     (Q' W) y, Q' b                    what writes to it
 
 1. The gain of every norm in front of readers is multiplied into them and becomes one, the final norm's into the head.
-2. R1, one Q: rows of the embedding; the projector's last linear, whose outputs enter the stream as image tokens;
-   per layer what writes (rows, bias) and what reads (columns); the head's columns.
+2. R1, one Q: rows of the embedding, and a learned row that ends an image's line; the projector's last linear, whose
+   outputs enter the stream as image tokens, and that of each deepstack merger; per layer what writes (rows, bias) and
+   what reads (columns); the head's columns.
 3. R2, one Q per layer as wide as a head: rows (and bias) of each value head, and the columns of the output projection
    that read it. Attention mixes tokens, not channels of a head, so it passes.
 
 Signs are drawn from the recipe's seed; nothing is learned and no sample is read. A tower with LayerNorm subtracts the
 mean of its channels, which a rotation does not pass: only R2 there. A head tied to the embedding is refused R1: it
-absorbs a gain that the embedding must not have. A method that begins with this transform (``fused``) asks for "auto":
-R1 where the model permits it, and R2.
+absorbs a gain that the embedding must not have (``qvlm.untie`` gives it a copy). A method that begins with this
+transform (``fused``) asks for "auto": R1 where the model permits it, and R2.
 
 What we do differently: sizes that are no power of two take a cosine transform for their odd part (the papers: tables of
 Hadamard matrices); no rotation that would have to run online (R3, R4).
@@ -30,6 +31,7 @@ Cost: every weight of the decoder is rotated once, in float64.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -42,6 +44,7 @@ from qvlm.models.adapter import Adapter
 from qvlm.progress import Progress
 from qvlm.recipe import Recipe
 from qvlm.rotation import Rotation, random_signs
+from qvlm.untie import HINT
 
 KINDS = ("residual", "values")
 OPTIONS: Mapping[str, Any] = {"rotations": list(KINDS)}  # R1, R2
@@ -62,15 +65,15 @@ class Rotate:
             )
         if "residual" not in kinds:
             return
-        hint = 'Set the option rotations to ["values"], or leave rotate out.'
+        hint = 'Leave rotate out, set the option rotations to ["values"]'
         if adapter.residual is None:
             raise RecipeError(
-                f"transform rotate: no rotation passes the residual stream of {adapter.model_type}. {hint}"
+                f"transform rotate: no rotation passes the residual stream of {adapter.model_type}. {hint}."
             )
         if adapter.tied(model):
             raise RecipeError(
                 f"transform rotate: {adapter.head} shares the embedding's weight (tie_word_embeddings), but must "
-                f"absorb the final norm's gain alone. {hint}"
+                f"absorb the final norm's gain alone. {hint}, or {HINT}."
             )
 
     def find(self, context: Context, progress: Progress) -> State:
@@ -130,8 +133,16 @@ def rotate_residual(model: nn.Module, adapter: Adapter, rotation: Rotation) -> N
     embedding.copy_(rotation.columns(embedding))
     layers = adapter.layer_names(model, "text")
     writers = [full_name(layer, path) for layer in layers for path in residual.writers]
-    for name in (*residual.entries, *writers):
+    entries = [
+        name
+        for name, _ in model.named_modules()
+        if any(fnmatchcase(name, pattern) for pattern in residual.entries)
+    ]
+    for name in (*entries, *writers):
         _rotate_output(model.get_submodule(name), rotation)
+    for name in residual.vectors:
+        vector = model.get_parameter(name)
+        vector.copy_(rotation.columns(vector))
     for component in ("text", "head"):
         for point in points(model, adapter, component, adapter.linears(model, component)):
             norm: Any = model.get_submodule(point.source)

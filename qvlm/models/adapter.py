@@ -37,14 +37,16 @@ class ScalePair:
 class Residual:
     """A decoder's residual stream behind RMSNorms without bias, so that a rotation of it passes them.
 
-    embedding: full name of the token embedding; entries: full names of linears outside the decoder whose outputs
-    enter the stream; writers: paths in each layer of linears that add to it. What reads the stream are the targets of
-    the text and head pairs whose source is a norm.
+    embedding: full name of the token embedding; entries: linears outside the decoder whose outputs enter the stream,
+    behind its first layers too, as fnmatch patterns on full names; writers: paths in each layer of linears that add to
+    it; vectors: full names of parameters [hidden] that enter as they are. What reads the stream are the targets of the
+    text and head pairs whose source is a norm.
     """
 
     embedding: str
     entries: tuple[str, ...]
     writers: tuple[str, ...]
+    vectors: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from qvlm.models import parts
@@ -11,6 +12,13 @@ _TEXT = "model.language_model"
 _PROJECTOR = "model.multi_modal_projector"
 _EMBEDDING = f"{_TEXT}.embed_tokens"
 _PATCHES = "model.vision_tower.embeddings.patch_embedding"
+_RESIDUAL = Residual(
+    embedding=_EMBEDDING,
+    entries=(f"{_PROJECTOR}.linear_2",),
+    writers=("self_attn.o_proj", "mlp.down_proj"),
+)
+# The row that ends an image's line.
+_LINES = replace(_RESIDUAL, vectors=("model.image_newline",))
 
 
 def _image_tokens(config: Any) -> int:
@@ -45,16 +53,6 @@ def _llava(model_type: str, image_tokens: Any, **rest: Any) -> Adapter:
 
 
 # CLIP's patch projection has no bias and may be quantized; SigLIP's has one and stays float.
-ADAPTER = _llava(
-    "llava",
-    _image_tokens,
-    residual=Residual(
-        embedding=_EMBEDDING,
-        entries=(f"{_PROJECTOR}.linear_2",),
-        writers=("self_attn.o_proj", "mlp.down_proj"),
-    ),
-    embeddings=(_EMBEDDING, _PATCHES),
-)
-# No rotation: the learned row that ends an image's line enters the residual stream without a linear.
-NEXT = _llava("llava_next", _pieces, embeddings=(_EMBEDDING, _PATCHES))
-ONEVISION = _llava("llava_onevision", _pieces, embeddings=(_EMBEDDING,))
+ADAPTER = _llava("llava", _image_tokens, residual=_RESIDUAL, embeddings=(_EMBEDDING, _PATCHES))
+NEXT = _llava("llava_next", _pieces, residual=_LINES, embeddings=(_EMBEDDING, _PATCHES))
+ONEVISION = _llava("llava_onevision", _pieces, residual=_LINES, embeddings=(_EMBEDDING,))

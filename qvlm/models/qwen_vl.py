@@ -67,15 +67,11 @@ def _adapter(
     }
     if mlp_last:
         unfolded[f"{_VISION}.blocks.*.mlp.{mlp_last}"] = _BEHIND_ACTIVATION
-    residual: Residual | None = Residual(
-        embedding=f"{_TEXT}.embed_tokens",
-        entries=(second,),
-        writers=("self_attn.o_proj", "mlp.down_proj"),
-    )
+    entries = [second]
     if deepstack:
+        entries.append(f"{_MERGERS}.*.{merger[1]}")
         unfolded[f"{_MERGERS}.*.{merger[0]}"] = _OWN_NORM
         unfolded[f"{_MERGERS}.*.{merger[1]}"] = _BEHIND_ACTIVATION
-        residual = None  # how many mergers enter the stream differs by checkpoint
     return Adapter(
         model_type=model_type,
         vision_layers=f"{_VISION}.blocks",
@@ -89,7 +85,11 @@ def _adapter(
         head_dim=_head_dim,
         scale_pairs=(ScalePair("vision", "norm1", ("attn.qkv",), "attn"), *mlp, *_TEXT_PAIRS),
         unfolded=unfolded,
-        residual=residual,
+        residual=Residual(
+            embedding=f"{_TEXT}.embed_tokens",
+            entries=tuple(entries),
+            writers=("self_attn.o_proj", "mlp.down_proj"),
+        ),
         embeddings=(f"{_TEXT}.embed_tokens", f"{_VISION}.patch_embed.proj"),
         remembered=("model.rope_deltas",),
         projectors=_MERGERS if deepstack else "",

@@ -32,9 +32,8 @@ from qvlm.methods import METHODS, Context, Method, State
 from qvlm.methods.block_search import BlockSearch, dependencies, pair_block, pair_errors
 from qvlm.methods.q_vlm import PARTITIONS, resolved
 from qvlm.models.adapter import Adapter
-from qvlm.plan import resolve
 from qvlm.recipe import Recipe
-from qvlm.trials.job import Job, propagate, quantized
+from qvlm.trials.job import Job, context_of, propagate, quantized
 from qvlm.trials.judge import Judge
 from qvlm.trials.results import Results
 
@@ -138,8 +137,7 @@ def _context(
     case: Case, recipe: Recipe, samples: list[Sample], options: Mapping[str, Any]
 ) -> Context:
     recipe = replace(recipe, method="q-vlm").with_options(**options)
-    formats = resolve(case.model, case.adapter, recipe)
-    return Context(case.model, case.adapter, samples, recipe, formats)
+    return context_of(case.model, case.adapter, samples, recipe)
 
 
 def _rtn_row(
@@ -150,8 +148,7 @@ def _rtn_row(
         return
     started = time.perf_counter()
     recipe = replace(recipe, method="rtn", options={})
-    formats = resolve(case.model, case.adapter, recipe)
-    job = quantized(Context(case.model, case.adapter, samples, recipe, formats))
+    job = quantized(context_of(case.model, case.adapter, samples, recipe))
     seconds = time.perf_counter() - started
     results.add({**key, "seconds": seconds, **case.judge.measure(job.model)})
     case.progress(f"{name} draw {draw}: rtn kl {results.rows[-1]['kl']:.5f}")

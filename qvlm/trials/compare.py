@@ -35,11 +35,10 @@ from torch import nn
 from qvlm.capture import Sample
 from qvlm.data import Question
 from qvlm.errors import RecipeError
-from qvlm.methods import Context
-from qvlm.plan import check_method, plan, resolve
+from qvlm.plan import check_method, plan
 from qvlm.recipe import FORMATS, RECIPES, Recipe, component_recipe, load_recipe
 from qvlm.source import Source, read_header
-from qvlm.trials.job import quantized
+from qvlm.trials.job import context_of, quantized
 from qvlm.trials.judge import Judge
 from qvlm.trials.memory import peak_memory
 from qvlm.trials.results import Results
@@ -114,9 +113,16 @@ def with_method(base: Recipe, text: str) -> Recipe:
     return recipe
 
 
-def recipes(formats: Sequence[str], methods: Sequence[str]) -> dict[str, dict[str, Recipe]]:
-    """format -> method -> recipe, in the order given; RecipeError as ``parse_format`` and ``with_method``."""
+def recipes(
+    formats: Sequence[str], methods: Sequence[str], untie: bool = False
+) -> dict[str, dict[str, Recipe]]:
+    """format -> method -> recipe, in the order given; RecipeError as ``parse_format`` and ``with_method``.
+
+    untie: in every recipe, not only in those whose file says so.
+    """
     bases = {name: parse_format(name) for name in formats}
+    if untie:
+        bases = {name: replace(base, untie=True) for name, base in bases.items()}
     return {
         name: {text: with_method(base, text) for text in methods} for name, base in bases.items()
     }
@@ -159,7 +165,7 @@ def compare(case: Case, wanted: Mapping[str, Mapping[str, Recipe]]) -> Outcome:
     """
     for methods in wanted.values():
         for recipe in methods.values():
-            resolve(case.model, case.source.adapter, recipe)
+            context_of(case.model, case.source.adapter, [], recipe)
     results = Results(case.results, {"kind": "compare"})
     base = _base_digest(case)
     rows = [_float_row(case, results, base)]
@@ -231,8 +237,7 @@ def _row(
     if found is not None:
         return found
     case.progress(f"{names[0]} {names[1]} draw {draw}: quantizing")
-    formats = resolve(case.model, case.source.adapter, recipe)
-    context = Context(case.model, case.source.adapter, samples, recipe, formats)
+    context = context_of(case.model, case.source.adapter, samples, recipe)
     with peak_memory() as peak:
         started = time.perf_counter()
         job = quantized(context)

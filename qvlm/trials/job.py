@@ -14,9 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from qvlm import embedding, fakequant
-from qvlm.capture import Stream, capture_inputs, capture_stream
+from qvlm.capture import Sample, Stream, capture_inputs, capture_stream
 from qvlm.methods import METHODS, Block, Context, Method, State
+from qvlm.models.adapter import Adapter
+from qvlm.plan import resolve
+from qvlm.recipe import Recipe
 from qvlm.transform import chosen, transform
+from qvlm.untie import untied
+
+
+def context_of(
+    model: nn.Module, adapter: Adapter, samples: list[Sample], recipe: Recipe
+) -> Context:
+    """Where a job on the float ``model`` begins; RecipeError as ``plan.resolve``."""
+    model = untied(model, adapter, recipe)
+    return Context(model, adapter, samples, recipe, resolve(model, adapter, recipe))
 
 
 @dataclass

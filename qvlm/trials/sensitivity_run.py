@@ -7,7 +7,7 @@ run with other settings refuses it; ``recipe_within`` takes a complete file as i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from qvlm.trials import practice
 from qvlm.trials.budget import Budget, Solution, check_budget, choices, solve
 from qvlm.trials.results import Results
 from qvlm.trials.sensitivity import Case, Unit, measure, measure_recipe, units
+from qvlm.untie import untied
 
 Json = dict[str, Any]
 Say = Callable[[str], None]
@@ -33,7 +34,9 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Settings:
-    """What is tried, by which method, on which calibration samples. int4_blocks: the target's least."""
+    """What is tried, by which method, on which calibration samples. int4_blocks: the target's least. untie: of the
+    recipe that is looked for.
+    """
 
     formats: tuple[str, ...] = ("w4a16", "w4a16-g64", "w8a8")
     method: str = "gptq"
@@ -41,6 +44,7 @@ class Settings:
     samples: int = 128
     seed: int = 0
     int4_blocks: int = 2
+    untie: bool = False
 
     @property
     def recipe(self) -> Recipe:
@@ -51,7 +55,7 @@ class Settings:
                 raise RecipeError(
                     f"format {name!r} is none of a linear. Known: {', '.join(known)}."
                 )
-        recipe = Recipe((), self.method, self.samples, self.seed)
+        recipe = Recipe((), self.method, self.samples, self.seed, untie=self.untie)
         check_method(recipe)
         return recipe
 
@@ -69,7 +73,7 @@ class SensitivityRun:
         loaded = load(self.source, progress)
         samples = build_samples(loaded, self.source.adapter, questions, progress)
         self.case = Case(
-            loaded.model,
+            untied(loaded.model, self.source.adapter, recipe),
             self.source.adapter,
             samples,
             recipe,
@@ -131,7 +135,8 @@ def recipe_within(
     """
     source = open_source(source) if isinstance(source, str) else source
     require_float(source)
-    model = skeleton(source.directory)
+    model = untied(skeleton(source.directory), source.adapter, recipe)
+    settings = replace(settings, untie=recipe.untie)
     stored = load_json(file) if file.exists() else {}
     rows = stored.get("rows", [])
     known = stored.get("identity", _plain(settings))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from tiny_blocks import tiny_context, tiny_samples
+from tiny_families import FAMILIES, questions, tied, write_source
 from tiny_models import tiny_llava
 from tiny_source import tiny_questions
 
@@ -26,11 +27,13 @@ from qvlm.methods.rotate import rotate_residual, rotate_values
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
 from qvlm.progress import silent
-from qvlm.quantize import quantize
+from qvlm.quantize import build_samples, quantize
 from qvlm.recipe import LayerRule, Recipe, component_recipe, named_format
 from qvlm.rotation import Rotation, factors, random_signs
+from qvlm.source import load, open_source
 from qvlm.transform import chosen as transforms_of
 from qvlm.trials.job import Job
+from qvlm.untie import untied
 
 ADAPTER = ADAPTERS["llava"]
 
@@ -103,6 +106,25 @@ def test_the_function_is_unchanged(kind: str, monkeypatch: pytest.MonkeyPatch) -
         ],
     }
     assert moved == set(names[kind])
+
+
+@pytest.mark.parametrize("family", [name for name in FAMILIES if ADAPTERS[name].residual])
+def test_the_residual_stream_of_every_family_passes_it(
+    family: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of tied models, too, once their head has a copy; with all that enters the stream beside tokens and features."""
+    adapter = ADAPTERS[family]
+    source = open_source(str(write_source(family, tmp_path / "source", **tied(family, 400))))
+    loaded = load(source)
+    samples = build_samples(loaded, adapter, questions(family))
+    monkeypatch.setattr(torch, "float32", torch.float64)
+    model = untied(loaded.model, adapter, replace(recipe("w4a16"), untie=True)).double()
+    for sample in samples:
+        assert sample.pixel_values is not None
+        inputs = {**sample.model_inputs(), "pixel_values": sample.pixel_values.double()}
+        before = model(**inputs).logits
+        rotate_residual(model, adapter, rotation(384))
+        assert (model(**inputs).logits - before).norm() <= 1000 * 2.0**-53 * before.norm()
 
 
 def recipe(format_name: str, *transforms: str) -> Recipe:
