@@ -148,6 +148,16 @@ class DecoderState:
         """Forget all but the first ``length`` tokens."""
         self._cache.rewind(length)
 
+    def grow(self, capacity: int) -> None:
+        """Make room for ``capacity`` rows, at least as many as now; what was seen stays.
+
+        SessionError or MemoryError without the memory: the state must not be used then.
+        """
+        self._cache.grow(capacity)
+        self._next = np.concatenate(
+            [self._next, np.zeros(capacity + 1 - len(self._next), np.int64)]
+        )
+
     @property
     def length(self) -> int:
         """Tokens seen so far, the rows of the cache that are valid."""
