@@ -36,13 +36,13 @@ class CacheBudget:
         CapacityError if they are not free.
         """
         lease = Lease(0)
-        self.enlarge(lease, size)
+        self.resize(lease, size)
         return lease
 
-    def enlarge(self, lease: Lease, size: int) -> None:
-        """Make a lease ``size`` bytes large, at least as many as now.
+    def resize(self, lease: Lease, size: int) -> None:
+        """Make a lease ``size`` bytes large.
 
-        CapacityError if the difference is not free; the lease is then as it was.
+        CapacityError if they are not free; the lease is then as it was.
         """
         with self._lock:
             used = self._sum() - lease.size

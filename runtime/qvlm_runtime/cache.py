@@ -8,8 +8,8 @@ grown    the same on the CPU for a graph that reads all of C: the buffer has roo
 append   one sequence-major buffer [1, C, kv_heads, head_dim] per tensor: the past is its first P
          rows, and the graph's output, the new rows only, is bound right behind them.
 
-No form copies a row for a step; "grown" moves them once every STEP rows, when C changes. ``grow``
-moves the valid rows once, into larger buffers.
+No form copies a row for a step; "grown" moves them once every STEP rows, when C changes. ``resize``
+moves the valid rows once, into buffers of another capacity.
 """
 
 from __future__ import annotations
@@ -41,8 +41,8 @@ class Cache(Protocol):
     def rewind(self, length: int) -> None:
         """Only the first ``length`` rows are valid from now on; the others are written over."""
 
-    def grow(self, capacity: int) -> None:
-        """Make room for ``capacity`` rows, at least as many as now; the valid ones stay.
+    def resize(self, capacity: int) -> None:
+        """Make room for ``capacity`` rows, no fewer than are valid; these stay.
 
         One tensor at a time is there twice. SessionError or MemoryError without the memory: the
         cache must not be used then.
@@ -88,6 +88,7 @@ class _Buffers:
         tensors = [f"{kind}_{i}" for i in range(model.layers) for kind in ("key", "value")]
         self._names = [(f"past_{tensor}", f"present_{tensor}") for tensor in tensors]
         self._buffers = [self._buffer(capacity) for _ in tensors]
+        self._on_host = all(isinstance(buffer, HostBuffer) for buffer in self._buffers)
 
     @property
     def layers(self) -> list[tuple[Buffer, Buffer]]:
@@ -101,27 +102,18 @@ class _Buffers:
         assert 0 <= length <= self.length, "only rows that were written are valid"
         self.length = length
 
-    def grow(self, capacity: int) -> None:
-        assert capacity >= self.capacity, "a cache only grows"
+    def resize(self, capacity: int) -> None:
+        assert capacity >= self.length, "the valid rows stay"
         for i, (past, _) in enumerate(self._names):
-            self._buffers[i] = self._larger(past, self._buffers[i], capacity)
+            self._buffers[i] = self._moved(past, self._buffers[i], capacity)
         self.capacity = capacity
 
     def _buffer(self, rows: int) -> Buffer:
         return self._session.buffer(rows * self.kv_heads * self.head_dim, self._dtype)
 
-    def _larger(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
+    def _moved(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
         """A buffer for ``capacity`` rows that holds the valid rows of the tensor ``past``."""
         raise NotImplementedError
-
-    def _extended(self, buffer: Buffer, used: int, capacity: int) -> Buffer:
-        """A buffer for ``capacity`` rows whose first ``used`` elements are those of ``buffer``."""
-        if not isinstance(buffer, HostBuffer):
-            return self._session.join([buffer, self._buffer(capacity - self.capacity)])
-        larger = self._buffer(capacity)
-        assert isinstance(larger, HostBuffer), "one session has one kind of memory"
-        larger.piece(0, (used,))[:] = buffer.piece(0, (used,))  # pages behind stay untouched
-        return larger
 
 
 class ScatterCache(_Buffers):
@@ -134,12 +126,13 @@ class ScatterCache(_Buffers):
         self._write_index = np.zeros(1, np.int64)
         self._kv_len = np.zeros(1, np.int64)
         self._bound_to: Binding | None = None
+        self._view = self._viewed(0, capacity)
 
     def bind(self, binding: Binding, new: int) -> None:
-        """Bind the whole buffers (first time), and say where the rows go."""
+        """Bind the whole view (first time), and say where the rows go."""
         if self._bound_to is not binding:
             for (past, present), buffer in zip(self._names, self._buffers, strict=True):
-                shape = self._shape(past, self._bound_rows)
+                shape = self._shape(past, self._view)
                 binding.place(past, buffer, 0, shape)
                 binding.place(present, buffer, 0, shape)
             binding.host("write_index", self._write_index)
@@ -148,15 +141,14 @@ class ScatterCache(_Buffers):
         self._write_index[0] = self.length
         self._kv_len[0] = self.length + new
 
-    def grow(self, capacity: int) -> None:
-        """Make room; the buffers are bound again at the next run."""
-        super().grow(capacity)
-        self._bound_to = None
+    def resize(self, capacity: int) -> None:
+        """Move the rows; the buffers are bound again at the next run."""
+        super().resize(capacity)
+        self._view, self._bound_to = self._viewed(self.length, capacity), None
 
-    @property
-    def _bound_rows(self) -> int:
-        """Rows of what is bound."""
-        return self.capacity
+    def _viewed(self, length: int, capacity: int) -> int:
+        """Rows of the tensors that are bound when ``length`` rows must fit in."""
+        return capacity
 
     def _shape(self, past: str, rows: int) -> tuple[int, ...]:
         """Shape of the tensor ``past`` with so many rows."""
@@ -169,15 +161,16 @@ class ScatterCache(_Buffers):
     def _valid(self, past: str, buffer: Buffer) -> Array:
         """The valid rows, as [1, kv_heads, length, head_dim]: where they lie, or a copy from a GPU."""
         read = buffer.piece if isinstance(buffer, HostBuffer) else buffer.read
-        tensor = read(0, self._shape(past, self._bound_rows))
-        return self._as_rows(past, tensor)[:, :, : self.length]
+        return self._as_rows(past, read(0, self._shape(past, self._view)))[:, :, : self.length]
 
-    def _larger(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
-        """A new layout, which is made on the host."""
+    def _moved(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
+        """The layout depends on the rows of the view, so it is made anew, on the host."""
         rows = self._valid(past, buffer)
-        larger = np.zeros(self._shape(past, capacity), rows.dtype)
-        self._as_rows(past, larger)[:, :, : self.length] = rows
-        return self._session.upload(larger)
+        moved = np.zeros(capacity * self.kv_heads * self.head_dim, rows.dtype)
+        shape = self._shape(past, self._viewed(self.length, capacity))
+        view = moved[: math.prod(shape)].reshape(shape)
+        self._as_rows(past, view)[:, :, : self.length] = rows
+        return self._session.upload(moved)
 
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values."""
@@ -194,17 +187,10 @@ class GrownCache(ScatterCache):
     STEP times meanwhile. In a GPU's memory, which the host does not move, the view is the whole.
     """
 
-    def __init__(
-        self, session: Session, model: ModelSpec, target: TargetSpec, capacity: int
-    ) -> None:
-        super().__init__(session, model, target, capacity)
-        self._on_host = all(isinstance(buffer, HostBuffer) for buffer in self._buffers)
-        self._view = 0
-
     def bind(self, binding: Binding, new: int) -> None:
         """Bind views that the new rows fit in, and say where they go."""
-        view = min(self.capacity, -(-(self.length + new) // STEP) * STEP)
-        if view != self._view and self._on_host:
+        view = self._viewed(self.length + new, self.capacity)
+        if view != self._view:
             pairs = [(past, b) for (past, _), b in zip(self._names, self._buffers, strict=True)]
             kept = [self._valid(past, buffer).copy() for past, buffer in pairs]
             self._view, self._bound_to = view, None
@@ -212,9 +198,8 @@ class GrownCache(ScatterCache):
                 self._valid(past, buffer)[:] = rows
         super().bind(binding, new)
 
-    @property
-    def _bound_rows(self) -> int:
-        return self._view if self._on_host else self.capacity
+    def _viewed(self, length: int, capacity: int) -> int:
+        return min(capacity, -(-length // STEP) * STEP) if self._on_host else capacity
 
     def _shape(self, past: str, rows: int) -> tuple[int, ...]:
         if past.startswith("past_key"):
@@ -223,12 +208,6 @@ class GrownCache(ScatterCache):
 
     def _as_rows(self, past: str, tensor: Array) -> Array:
         return tensor if past.startswith("past_key") else tensor.swapaxes(2, 3)
-
-    def _larger(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
-        """On the host the view stays as it is: only the room behind it gets larger."""
-        if not self._on_host:
-            return super()._larger(past, buffer, capacity)
-        return self._extended(buffer, math.prod(self._shape(past, self._view)), capacity)
 
 
 class AppendCache(_Buffers):
@@ -243,8 +222,15 @@ class AppendCache(_Buffers):
             binding.place(past, buffer, 0, past_shape)
             binding.place(present, buffer, behind, new_shape)
 
-    def _larger(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
-        return self._extended(buffer, self.length * self.kv_heads * self.head_dim, capacity)
+    def _moved(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
+        """A GPU's buffer gets longer where it is; else only what is valid is copied."""
+        if capacity > self.capacity and not self._on_host:
+            return self._session.join([buffer, self._buffer(capacity - self.capacity)])
+        row = self.kv_heads * self.head_dim
+        rows = buffer.read(0, (self.length * row,))
+        moved = np.zeros(capacity * row, rows.dtype)
+        moved[: len(rows)] = rows
+        return self._session.upload(moved)
 
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values."""

@@ -62,18 +62,18 @@ class Context:
         del self._held[same:]
         return same
 
-    def prepare(self, keys: Sequence[RowKey], capacity: int) -> None:
-        """Make room for ``capacity`` rows, and forget those that differ from ``keys``.
+    def prepare(self, keys: Sequence[RowKey], rows: int) -> None:
+        """Forget the rows that differ from ``keys``, and make the room that of ``rows`` rows, no more
+        and no less, as if the context was new.
 
         CapacityError if the budget has no room: the context is then as it was. After another error it
         must be closed.
         """
-        more = capacity > self.state.capacity
-        if more:
-            self._budget.enlarge(self._lease, self._decoder.cache_bytes(capacity))
+        self._budget.resize(self._lease, self._decoder.cache_bytes(rows))
         self.reuse(keys)  # what is forgotten need not be moved
-        if more:
-            self.state.grow(capacity)
+        capacity = self._decoder.capacity(rows)
+        if capacity != self.state.capacity:
+            self.state.resize(capacity)
 
     def record(self, keys: Sequence[RowKey]) -> None:
         """Say what was run since ``reuse``: the whole sequence; rows that were not run are cut."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 from qvlm_runtime.context import Context, RowKey
@@ -31,8 +32,8 @@ if TYPE_CHECKING:
 class KeptCaches:
     """At most ``count`` caches, idle and in use; more only while more answers run at once. 0 keeps none.
 
-    Caches have the rows that their answers asked for and grow with their conversation. Safe to use
-    from several threads. Close it before the model.
+    A cache has the rows that its answer asks for, also where it is used again: the rows it keeps are
+    moved. Safe to use from several threads. Close it before the model.
     """
 
     def __init__(self, model: Model, count: int) -> None:
@@ -78,9 +79,20 @@ class KeptCaches:
             while self._idle:
                 self._drop(self._idle[0])
 
+    def __enter__(self) -> KeptCaches:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
     def _take(self, keys: Sequence[RowKey], rows: int) -> Context:
         """A cache for ``rows`` rows that is nobody else's, with the rows it shares with ``keys``."""
-        # Held while rows are moved to a larger cache: only other answers that begin or end wait.
+        # Held while rows are moved: only other answers that begin or end wait for it.
         with self._lock:
             while True:
                 chosen = self._choice(keys)
@@ -91,12 +103,10 @@ class KeptCaches:
                     if not self._dropped(chosen, rows):
                         raise
                 except (SessionError, MemoryError):  # the machine's memory, which no limit told
-                    if chosen is not None:
-                        self._drop(chosen)
-                    elif self._idle:
-                        self._drop(self._idle[0])
-                    else:
+                    if chosen is None and not self._idle:
                         raise
+                    if chosen is None:
+                        self._drop(self._idle[0])
             self._used.add(context)
             return context
 
@@ -113,11 +123,22 @@ class KeptCaches:
         return self._idle[0] if self._idle and full else None
 
     def _prepared(self, chosen: Context | None, keys: Sequence[RowKey], rows: int) -> Context:
-        """The chosen idle cache with room for ``rows`` rows, or a new one."""
+        """The chosen idle cache with the room of ``rows`` rows, or a new one.
+
+        CapacityError leaves the chosen one idle; after another error it is dropped.
+        """
         if chosen is None:
             return Context(self._model.decoder, rows, self._model.budget)
-        chosen.prepare(keys, rows)
+        place = self._idle.index(chosen)
         self._idle.remove(chosen)
+        try:
+            chosen.prepare(keys, rows)
+        except CapacityError:
+            self._idle.insert(place, chosen)
+            raise
+        except BaseException:
+            chosen.close()
+            raise
         return chosen
 
     def _dropped(self, chosen: Context | None, rows: int) -> bool:

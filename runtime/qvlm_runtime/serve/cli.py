@@ -155,11 +155,10 @@ def _serve(args: argparse.Namespace) -> None:
 
 def _memory(app: App) -> str:
     """What caches may take, in words."""
-    kept, running = app.limits.kept, app.limits.concurrent
-    keeps = f"{kept} kept for further turns" if kept else "none kept"
+    kept, rows = app.limits.kept, app.model.decoder.max_rows
     return (
-        f"caches take at most {app.most_cache_bytes / 1e6:.1f} MB: {max(kept, running)} of "
-        f"{app.model.decoder.max_rows} rows, within --cache-limit; {keeps} (--kept-caches)"
+        f"at most {max(kept, app.limits.concurrent)} caches of at most {rows} rows, together at most "
+        f"{app.most_cache_bytes / 1e6:.1f} MB; {kept or 'none'} kept between requests (--kept-caches)"
     )
 
 
