@@ -268,13 +268,18 @@ def test_a_kept_cache_gets_another_size_on_the_device(
 ) -> None:
     device = machine(monkeypatch, "10.3.0")
     toy_engines(tmp_path, device, form)
-    with load(tmp_path, threads=1) as model, KeptCaches(model, 1) as kept:
-        for text, new in (("a" * 9, 5), ("a" * 14, 11), ("a" * 15, 3)):
-            expected = model.generate(text, max_new_tokens=new).token_ids
-            done = kept.stream(text, max_new_tokens=new).read()
-            assert done.token_ids == expected
-            assert model.budget.used == model.cache_bytes(len(text) + 2 + new)
-        assert done.timings.cached_tokens == 1 + 14
+    with load(tmp_path, threads=1) as model:
+        loaded = device.gpu.free
+        with KeptCaches(model, 1) as kept:
+            for text, new in (("a" * 9, 5), ("a" * 14, 11), ("a" * 15, 3)):
+                expected = model.generate(text, max_new_tokens=new).token_ids
+                done = kept.stream(text, max_new_tokens=new).read()
+                assert done.token_ids == expected
+                assert model.budget.used == model.cache_bytes(len(text) + 2 + new)
+            assert done.timings.cached_tokens == 1 + 14
+            assert device.gpu.free < loaded
+        gc.collect()
+        assert device.gpu.free == loaded
 
 
 def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
