@@ -173,7 +173,7 @@ def test_what_shares_too_little_takes_no_other_conversation_s_cache(model: Model
 
 def test_a_smaller_loss_decides_between_equal_beginnings(model: Model) -> None:
     with KeptCaches(model, 2) as kept:
-        streams = [kept.stream("a" * 20, max_new_tokens=n) for n in (4, 30)]
+        streams = [kept.stream("a" * 20, max_new_tokens=n) for n in (30, 4)]
         for stream in streams:
             stream.read()
         short = min(kept._idle, key=lambda context: context.rows)
