@@ -238,6 +238,8 @@ def assert_counted(model: Model, kept: KeptCaches, count: int, running: int) -> 
     assert model.budget.used == kept.nbytes + sum(context.nbytes for context in in_use)
     assert model.budget.used <= kept.most_bytes(3)
     assert all(context.rows == context.state.length > 0 for context in kept._idle)
+    for context in (*in_use, *kept._idle):
+        assert context.nbytes == model.cache_bytes(context.state.capacity)
 
 
 @pytest.mark.parametrize("seed", range(3))
