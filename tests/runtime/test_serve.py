@@ -113,34 +113,6 @@ def test_openai_s_async_client_leaves_a_stream_early(port: int, model: Model) ->
     assert model.generate("What?", max_new_tokens=50).text.startswith(asyncio.run(ask()))
 
 
-def test_log_probabilities_stream_or_not(model: Model) -> None:
-    """To the last bit, so without kept rows: sums of another shape are rounded in another order."""
-    openai = pytest.importorskip("openai", reason="the extra [dev] is not installed")
-    with (
-        serving(App(model, "toy", Limits(kept_caches=0))) as port,
-        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client,
-    ):
-        assert_log_probabilities(client, model)
-
-
-def assert_log_probabilities(client: Any, model: Model) -> None:
-    options: Any = {"model": "toy", "messages": messages(), "max_tokens": 6, "logprobs": True,
-                    "top_logprobs": 2}  # fmt: skip
-    whole = client.chat.completions.create(**options).choices[0].logprobs.content
-    streamed = [
-        entry
-        for chunk in client.chat.completions.create(**options, stream=True)
-        if chunk.choices[0].logprobs
-        for entry in chunk.choices[0].logprobs.content
-    ]
-    expected = model.generate("What?", max_new_tokens=6, logprobs=2).scores
-    for entries in (whole, streamed):
-        assert [e.logprob for e in entries] == [score.logprob for score in expected]
-        assert [[t.logprob for t in e.top_logprobs] for e in entries] == [
-            [value for _, value in score.top] for score in expected
-        ]
-
-
 def test_a_schema_through_openai_s_client(client: Any) -> None:
     pytest.importorskip("llguidance", reason="the extra [json] is not installed")
     schema = {

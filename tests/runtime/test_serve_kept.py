@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from runtime_support import write_folder
+from kept_support import write_chat_folder
 from serve_support import (
     Brake,
     chat_body,
@@ -33,20 +33,10 @@ from qvlm_runtime.serve.limits import Limits
 
 pytest.importorskip("uvicorn", reason="the extra [serve] is not installed")
 
-# As chat models write it: what opens an answer stays in the conversation.
-TEMPLATE = (
-    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'assistant' %}>{% endif %}"
-    "{% for p in m['content'] %}{% if p['type'] == 'image' %}<image>{% else %}{{ p['text'] }}"
-    "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}>{% endif %}"
-)
-
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("served") / "toy"
-    write_folder(path, max_context=256)
-    (path / "chat_template.jinja").write_text(TEMPLATE, encoding="utf-8")
-    return path
+    return write_chat_folder(tmp_path_factory.mktemp("served") / "toy")
 
 
 @pytest.fixture(scope="module")
@@ -141,6 +131,36 @@ def test_openai_s_client_sees_the_reused_tokens(model: Model) -> None:
         options = {"include_usage": True}
         *_, last = client.chat.completions.create(**asked, stream=True, stream_options=options)
         assert last.usage.prompt_tokens_details.cached_tokens == last.usage.prompt_tokens - 1
+
+
+def test_without_kept_caches_log_probabilities_are_the_runtime_s_stream_or_not(
+    model: Model,
+) -> None:
+    """To the last bit; with kept rows sums of another shape are rounded in another order."""
+    openai = pytest.importorskip("openai", reason="the extra [dev] is not installed")
+    with (
+        serving(App(model, "toy", Limits(kept_caches=0))) as port,
+        openai.OpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none") as client,
+    ):
+        assert_log_probabilities(client, model)
+
+
+def assert_log_probabilities(client: Any, model: Model) -> None:
+    options: Any = {"model": "toy", "messages": [said("user", "What?")], "max_tokens": 6, "logprobs": True,
+                    "top_logprobs": 2}  # fmt: skip
+    whole = client.chat.completions.create(**options).choices[0].logprobs.content
+    streamed = [
+        entry
+        for chunk in client.chat.completions.create(**options, stream=True)
+        if chunk.choices[0].logprobs
+        for entry in chunk.choices[0].logprobs.content
+    ]
+    expected = model.generate("What?", max_new_tokens=6, logprobs=2).scores
+    for entries in (whole, streamed):
+        assert [e.logprob for e in entries] == [score.logprob for score in expected]
+        assert [[t.logprob for t in e.top_logprobs] for e in entries] == [
+            [value for _, value in score.top] for score in expected
+        ]
 
 
 def test_another_image_in_the_same_place_is_run_again(model: Model) -> None:
