@@ -154,6 +154,12 @@ def caches() -> int:
     return sum(type(thing) is DecoderState for thing in gc.get_objects())
 
 
+def only_kept(app: App) -> bool:
+    """Whether the model's caches are those that the server keeps, and their memory what it says."""
+    gc.collect()
+    return caches() == len(app.kept) and app.model.budget.used == app.kept.nbytes
+
+
 def kill(connection: socket.socket) -> None:
     """Reset the connection, as the end of a killed process may do."""
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

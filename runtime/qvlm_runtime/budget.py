@@ -24,6 +24,10 @@ class CacheBudget:
     @property
     def used(self) -> int:
         """Bytes reserved now."""
+        with self._lock:  # another thread's new lease would end the iteration with an error
+            return self._sum()
+
+    def _sum(self) -> int:
         return sum(lease.size for lease in self._leases)
 
     def reserve(self, size: int) -> Lease:
@@ -31,16 +35,24 @@ class CacheBudget:
 
         CapacityError if they are not free.
         """
+        lease = Lease(0)
+        self.resize(lease, size)
+        return lease
+
+    def resize(self, lease: Lease, size: int) -> None:
+        """Make a lease ``size`` bytes large.
+
+        CapacityError if they are not free; the lease is then as it was.
+        """
         with self._lock:
-            used = self.used
+            used = self._sum() - lease.size
             if self.limit is not None and used + size > self.limit:
                 raise CapacityError(
                     f"a cache of {size} bytes does not fit: {used} of {self.limit} bytes are in "
                     "use. End another conversation, use fewer rows, or raise cache_limit."
                 )
-            lease = Lease(size)
+            lease.size = size
             self._leases.add(lease)
-        return lease
 
 
 class Lease:

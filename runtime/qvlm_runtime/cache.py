@@ -8,11 +8,13 @@ grown    the same on the CPU for a graph that reads all of C: the buffer has roo
 append   one sequence-major buffer [1, C, kv_heads, head_dim] per tensor: the past is its first P
          rows, and the graph's output, the new rows only, is bound right behind them.
 
-No form copies a row for a step; "grown" moves them once every STEP rows, when C changes.
+No form copies a row for a step; "grown" moves them once every STEP rows, when C changes. ``resize``
+moves the valid rows once, into buffers of another capacity.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Protocol
 
 import numpy as np
@@ -38,6 +40,13 @@ class Cache(Protocol):
 
     def rewind(self, length: int) -> None:
         """Only the first ``length`` rows are valid from now on; the others are written over."""
+
+    def resize(self, capacity: int) -> None:
+        """Make room for ``capacity`` rows, no fewer than are valid; these stay.
+
+        One tensor at a time is there twice. SessionError or MemoryError without the memory: the
+        cache must not be used then.
+        """
 
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of a layer's valid keys and values, each F [1, kv_heads, length, head_dim]."""
@@ -75,16 +84,16 @@ class _Buffers:
         self.length = 0
         self.capacity = capacity
         self.kv_heads, self.head_dim = model.kv_heads, model.head_dim
-        elements = capacity * model.kv_heads * model.head_dim
-        self.layers: list[tuple[Buffer, Buffer]] = [
-            (session.buffer(elements, target.dtype), session.buffer(elements, target.dtype))
-            for _ in range(model.layers)
-        ]
-        self._named = [
-            (f"past_{kind}_{i}", f"present_{kind}_{i}", buffer)
-            for i, pair in enumerate(self.layers)
-            for kind, buffer in zip(("key", "value"), pair, strict=True)
-        ]
+        self._session, self._dtype = session, target.dtype
+        tensors = [f"{kind}_{i}" for i in range(model.layers) for kind in ("key", "value")]
+        self._names = [(f"past_{tensor}", f"present_{tensor}") for tensor in tensors]
+        self._buffers = [self._buffer(capacity) for _ in tensors]
+        self._on_host = all(isinstance(buffer, HostBuffer) for buffer in self._buffers)
+
+    @property
+    def layers(self) -> list[tuple[Buffer, Buffer]]:
+        """The buffers of each layer's keys and values."""
+        return list(zip(self._buffers[::2], self._buffers[1::2], strict=True))
 
     def advance(self, new: int) -> None:
         self.length += new
@@ -92,6 +101,19 @@ class _Buffers:
     def rewind(self, length: int) -> None:
         assert 0 <= length <= self.length, "only rows that were written are valid"
         self.length = length
+
+    def resize(self, capacity: int) -> None:
+        assert capacity >= self.length, "the valid rows stay"
+        for i, (past, _) in enumerate(self._names):
+            self._buffers[i] = self._moved(past, self._buffers[i], capacity)
+        self.capacity = capacity
+
+    def _buffer(self, rows: int) -> Buffer:
+        return self._session.buffer(rows * self.kv_heads * self.head_dim, self._dtype)
+
+    def _moved(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
+        """A buffer for ``capacity`` rows that holds the valid rows of the tensor ``past``."""
+        raise NotImplementedError
 
 
 class ScatterCache(_Buffers):
@@ -104,12 +126,13 @@ class ScatterCache(_Buffers):
         self._write_index = np.zeros(1, np.int64)
         self._kv_len = np.zeros(1, np.int64)
         self._bound_to: Binding | None = None
+        self._view = self._viewed(0, capacity)
 
     def bind(self, binding: Binding, new: int) -> None:
-        """Bind the whole buffers (first time), and say where the rows go."""
+        """Bind the whole view (first time), and say where the rows go."""
         if self._bound_to is not binding:
-            for past, present, buffer in self._named:
-                shape = self._shape(past)
+            for (past, present), buffer in zip(self._names, self._buffers, strict=True):
+                shape = self._shape(past, self._view)
                 binding.place(past, buffer, 0, shape)
                 binding.place(present, buffer, 0, shape)
             binding.host("write_index", self._write_index)
@@ -118,14 +141,42 @@ class ScatterCache(_Buffers):
         self._write_index[0] = self.length
         self._kv_len[0] = self.length + new
 
-    def _shape(self, past: str) -> tuple[int, ...]:
-        """Shape of the tensor ``past``."""
-        return (1, self.kv_heads, self.capacity, self.head_dim)
+    def resize(self, capacity: int) -> None:
+        """Move the rows; the buffers are bound again at the next run."""
+        super().resize(capacity)
+        self._view, self._bound_to = self._viewed(self.length, capacity), None
+
+    def _viewed(self, length: int, capacity: int) -> int:
+        """Rows of the tensors that are bound when ``length`` rows must fit in."""
+        return capacity
+
+    def _shape(self, past: str, rows: int) -> tuple[int, ...]:
+        """Shape of the tensor ``past`` with so many rows."""
+        return (1, self.kv_heads, rows, self.head_dim)
+
+    def _as_rows(self, past: str, tensor: Array) -> Array:
+        """View of the tensor ``past`` as [1, kv_heads, rows, head_dim]."""
+        return tensor
+
+    def _valid(self, past: str, buffer: Buffer) -> Array:
+        """The valid rows, as [1, kv_heads, length, head_dim]: where they lie, or a copy from a GPU."""
+        read = buffer.piece if isinstance(buffer, HostBuffer) else buffer.read
+        return self._as_rows(past, read(0, self._shape(past, self._view)))[:, :, : self.length]
+
+    def _moved(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
+        """The layout depends on the rows of the view, so it is made anew, on the host."""
+        rows = self._valid(past, buffer)
+        moved = np.zeros(capacity * self.kv_heads * self.head_dim, rows.dtype)
+        shape = self._shape(past, self._viewed(self.length, capacity))
+        view = moved[: math.prod(shape)].reshape(shape)
+        self._as_rows(past, view)[:, :, : self.length] = rows
+        return self._session.upload(moved)
 
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values."""
-        shape = (1, self.kv_heads, self.capacity, self.head_dim)
-        key, value = (buffer.read(0, shape)[:, :, : self.length] for buffer in self.layers[layer])
+        at = slice(2 * layer, 2 * layer + 2)
+        pairs = zip(self._names[at], self._buffers[at], strict=True)
+        key, value = (self._valid(past, buffer).copy() for (past, _), buffer in pairs)
         return key, value
 
 
@@ -136,40 +187,27 @@ class GrownCache(ScatterCache):
     STEP times meanwhile. In a GPU's memory, which the host does not move, the view is the whole.
     """
 
-    def __init__(
-        self, session: Session, model: ModelSpec, target: TargetSpec, capacity: int
-    ) -> None:
-        super().__init__(session, model, target, capacity)
-        self._on_host = all(isinstance(buffer, HostBuffer) for _, _, buffer in self._named)
-        self._view = 0 if self._on_host else capacity
-
     def bind(self, binding: Binding, new: int) -> None:
         """Bind views that the new rows fit in, and say where they go."""
-        view = min(self.capacity, -(-(self.length + new) // STEP) * STEP)
-        if view != self._view and self._on_host:
-            kept = [self._valid(past, buffer).copy() for past, _, buffer in self._named]
+        view = self._viewed(self.length + new, self.capacity)
+        if view != self._view:
+            pairs = [(past, b) for (past, _), b in zip(self._names, self._buffers, strict=True)]
+            kept = [self._valid(past, buffer).copy() for past, buffer in pairs]
             self._view, self._bound_to = view, None
-            for (past, _, buffer), rows in zip(self._named, kept, strict=True):
+            for (past, buffer), rows in zip(pairs, kept, strict=True):
                 self._valid(past, buffer)[:] = rows
         super().bind(binding, new)
 
-    def _shape(self, past: str) -> tuple[int, ...]:
+    def _viewed(self, length: int, capacity: int) -> int:
+        return min(capacity, -(-length // STEP) * STEP) if self._on_host else capacity
+
+    def _shape(self, past: str, rows: int) -> tuple[int, ...]:
         if past.startswith("past_key"):
-            return (1, self.kv_heads, self._view, self.head_dim)
-        return (1, self.kv_heads, self.head_dim, self._view)
+            return (1, self.kv_heads, rows, self.head_dim)
+        return (1, self.kv_heads, self.head_dim, rows)
 
-    def _valid(self, past: str, buffer: Buffer) -> Array:
-        """The valid rows, as [1, kv_heads, length, head_dim]: where they lie, or a copy from a GPU."""
-        read = buffer.piece if isinstance(buffer, HostBuffer) else buffer.read
-        whole = read(0, self._shape(past))
-        rows = whole if past.startswith("past_key") else whole.swapaxes(2, 3)
-        return rows[:, :, : self.length]
-
-    def rows(self, layer: int) -> tuple[Array, Array]:
-        """Copies of the valid keys and values."""
-        pair = self._named[2 * layer : 2 * layer + 2]
-        key, value = (self._valid(past, buffer).copy() for past, _, buffer in pair)
-        return key, value
+    def _as_rows(self, past: str, tensor: Array) -> Array:
+        return tensor if past.startswith("past_key") else tensor.swapaxes(2, 3)
 
 
 class AppendCache(_Buffers):
@@ -180,9 +218,19 @@ class AppendCache(_Buffers):
         past_shape = (1, self.length, self.kv_heads, self.head_dim)
         new_shape = (1, new, self.kv_heads, self.head_dim)
         behind = self.length * self.kv_heads * self.head_dim
-        for past, present, buffer in self._named:
+        for (past, present), buffer in zip(self._names, self._buffers, strict=True):
             binding.place(past, buffer, 0, past_shape)
             binding.place(present, buffer, behind, new_shape)
+
+    def _moved(self, past: str, buffer: Buffer, capacity: int) -> Buffer:
+        """A GPU's buffer gets longer where it is; else only what is valid is copied."""
+        if capacity > self.capacity and not self._on_host:
+            return self._session.join([buffer, self._buffer(capacity - self.capacity)])
+        row = self.kv_heads * self.head_dim
+        rows = buffer.read(0, (self.length * row,))
+        moved = np.zeros(capacity * row, rows.dtype)
+        moved[: len(rows)] = rows
+        return self._session.upload(moved)
 
     def rows(self, layer: int) -> tuple[Array, Array]:
         """Copies of the valid keys and values."""

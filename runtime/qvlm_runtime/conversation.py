@@ -89,7 +89,7 @@ class Conversation:
             def finished(generation: Generation) -> None:
                 self.messages = [*messages, _message("assistant", generation.text)]
 
-            stream = Stream(self._model, request, self._context, True, finished)
+            stream = Stream(self._model, request, self._context, _keep, finished)
             self._active = weakref.ref(stream)
             return stream
 
@@ -134,6 +134,10 @@ class Conversation:
             messages = shorter
         request = self._model.request(messages, (), options, self._max_rows, dropped)
         return messages, request
+
+
+def _keep(failed: bool) -> None:
+    """The cache stays the conversation's, also when an answer failed."""
 
 
 def _without_oldest(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:

@@ -77,11 +77,15 @@ class Decoder:
         scatter = self.target.cache == "scatter"
         return self.session.inputs["past_key_0"].shape[2] if scatter else None
 
+    def capacity(self, rows: int) -> int:
+        """Rows of a cache that has room for ``rows``: so many, or the graph's fixed C."""
+        return self._fixed_rows or rows
+
     def cache_bytes(self, capacity: int) -> int:
         """Bytes that the cache of a sequence with room for ``capacity`` rows takes, with the second
         buffers of an engine that does not write in place.
         """
-        nbytes = cache_bytes(self.model, self.target, self._fixed_rows or capacity)
+        nbytes = cache_bytes(self.model, self.target, self.capacity(capacity))
         if self.target.cache == "append":
             return nbytes
         pairs = list(zip(*cache_tensors(self.model, self.target), strict=False))
@@ -100,7 +104,7 @@ class Decoder:
                 f"{self.where}: {capacity} tokens do not fit the cache, at most {self.max_rows}. "
                 "Use a shorter prompt or fewer new tokens."
             )
-        return DecoderState(self, self._fixed_rows or capacity, features)
+        return DecoderState(self, self.capacity(capacity), features)
 
 
 class DecoderState:
@@ -147,6 +151,16 @@ class DecoderState:
     def rewind(self, length: int) -> None:
         """Forget all but the first ``length`` tokens."""
         self._cache.rewind(length)
+
+    def resize(self, capacity: int) -> None:
+        """Make room for ``capacity`` rows, no fewer than are valid; what was seen stays.
+
+        SessionError or MemoryError without the memory: the state must not be used then.
+        """
+        self._cache.resize(capacity)
+        positions = np.zeros(capacity + 1, np.int64)
+        positions[: self.length + 1] = self._next[: self.length + 1]
+        self._next = positions
 
     @property
     def length(self) -> int:

@@ -27,8 +27,8 @@ class Timings:
     there, which is.
 
     cached_images are those of ``images`` whose features were known; cached_tokens those of
-    ``prompt_tokens`` whose cache rows were kept from the turn before, so that only the others were
-    run.
+    ``prompt_tokens`` whose cache rows were kept from an answer before, so that only the others had
+    to be run; run_tokens those of them that were, which is fewer where an answer ended early.
     """
 
     preprocess_s: float = 0.0
@@ -40,6 +40,7 @@ class Timings:
     decode_steps: int = 0
     cached_images: int = 0
     cached_tokens: int = 0
+    run_tokens: int = 0
 
     @property
     def decode_tokens_per_s(self) -> float:
@@ -78,6 +79,7 @@ def tokens(
             return
         piece = slice(at, at + chunk)
         logits = state.step(prompt_ids[piece], image_index[piece], positions[:, piece])
+        timings.run_tokens += len(prompt_ids[piece])
     token = choose(logits)
     timings.prefill_s = time.perf_counter() - start
     yield token

@@ -90,7 +90,8 @@ class Model:
         """
         request = self.request(question, images, Options(**options), self.decoder.max_rows)
         rows = len(request.prompt.token_ids) + request.limit
-        return Stream(self, request, Context(self.decoder, rows, self.budget))
+        context = Context(self.decoder, rows, self.budget)
+        return Stream(self, request, context, lambda failed: context.close())
 
     def astream(
         self, question: Question, images: Sequence[Any] = (), **options: Unpack[OptionArguments]

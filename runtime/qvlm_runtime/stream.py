@@ -66,18 +66,23 @@ class Stream(Iterator[str]):
         model: Model,
         request: Request,
         context: Context,
-        keep_context: bool = False,
+        release: Callable[[bool], None],
         on_finish: Callable[[Generation], None] | None = None,
     ) -> None:
+        """release: what becomes of the context; called once, at the end, with whether the answer
+        failed. on_finish: called with an answer that was read to its end.
+        """
         self.closed = False
+        self._failed = False
         self._answer = _Answer(model, request, on_finish)
-        self._kept_open = None if keep_context else context
+        self._release = release
         self._pieces = self._answer.run(context)
 
     def __next__(self) -> str:
         try:
             return next(self._pieces)
-        except BaseException:  # the end, a fault or an interrupt: nothing is left to run
+        except BaseException as end:  # the end, a fault or an interrupt: nothing is left to run
+            self._failed = not isinstance(end, StopIteration)
             self.close()
             raise
 
@@ -123,8 +128,7 @@ class Stream(Iterator[str]):
         if not self.closed:
             self.closed = True
             self._pieces.close()
-            if self._kept_open is not None:
-                self._kept_open.close()
+            self._release(self._failed)
 
     def __enter__(self) -> Stream:
         return self

@@ -1,8 +1,10 @@
 """What kept work saves on one model folder: the time to the first token of each turn of a conversation that keeps its
-cache, of one that keeps image features only, and of cold runs; and that all three answer with the same tokens.
+cache, of one that sends all messages again to a server which keeps caches, of one that keeps image features only, and
+of cold runs; and that all four answer with the same tokens.
 
-The three run turn by turn in one process, alternating, so a drift of the machine's speed meets all alike; medians over
-repeats, in milliseconds. First-token time is preprocessing + vision + prefill, as Timings counts them.
+The four run turn by turn in one process, alternating, so a drift of the machine's speed meets all alike; medians over
+repeats, in milliseconds. First-token time is preprocessing + vision + prefill, as Timings counts them; all but the
+conversation preprocess the image again at every turn.
 
 Run: python tests/bench/kept_work.py OUT [--image FILE] [--turns 4] [--repeats 5] [--threads N] [--json]
 """
@@ -20,10 +22,11 @@ from typing import Any
 import numpy as np
 
 from qvlm_runtime import FeatureCache, Generation, Model, load
+from qvlm_runtime.kept import KeptCaches
 
 NEW_TOKENS = 16
 QUESTIONS = ("What is in the image?", "What colour is it?", "How many are there?", "Is that all?")
-MODES = ("cold", "image features", "cache")
+MODES = ("cold", "image features", "server", "cache")
 
 
 def first_token(done: Generation) -> float:
@@ -32,12 +35,12 @@ def first_token(done: Generation) -> float:
 
 
 def turns(model: Model, mode: str, image: Any, count: int) -> list[Generation]:
-    """One conversation in one of the three ways."""
+    """One conversation in one of the four ways."""
     model.feature_cache = FeatureCache(0 if mode == "cold" else 1 << 30)
     if mode == "image features":
         model.generate("a", [image], max_new_tokens=1)
     done: list[Generation] = []
-    with model.conversation() as talk:
+    with model.conversation() as talk, KeptCaches(model, int(mode == "server")) as kept:
         for n in range(count):
             asked = [image] if n == 0 else []
             question = QUESTIONS[n % len(QUESTIONS)]
@@ -47,7 +50,7 @@ def turns(model: Model, mode: str, image: Any, count: int) -> list[Generation]:
             parts: list[dict[str, Any]] = [{"type": "image", "image": i} for i in asked]
             parts.append({"type": "text", "text": question})
             talk.messages.append({"role": "user", "content": parts})
-            done.append(model.generate(talk.messages, max_new_tokens=NEW_TOKENS))
+            done.append(kept.stream(talk.messages, max_new_tokens=NEW_TOKENS).read())
             text = [{"type": "text", "text": done[-1].text}]
             talk.messages.append({"role": "assistant", "content": text})
     return done
@@ -73,6 +76,7 @@ def measure(model: Model, image: Any, count: int, repeats: int, show: Callable[[
         {
             "turn": n + 1,
             "kept_tokens": kept["cache"][n],
+            "server_kept_tokens": kept["server"][n],
             **{mode: round(statistics.median(times[mode][n]), 2) for mode in MODES},
         }
         for n in range(count)
@@ -93,10 +97,13 @@ def main() -> int:
     with load(args.folder, args.target, threads=args.threads) as model:
         rows = measure(model, args.image or noise, args.turns, args.repeats,
                        lambda line: print(line, file=sys.stderr))  # fmt: skip
-    print(f"{'turn':>4} {'kept tokens':>12} " + " ".join(f"{mode + ' ms':>18}" for mode in MODES))
+    print(
+        f"{'turn':>4} {'kept tokens':>12} {'by server':>10} "
+        + " ".join(f"{mode + ' ms':>18}" for mode in MODES)
+    )
     for row in rows:
         numbers = " ".join(f"{row[mode]:18.2f}" for mode in MODES)
-        print(f"{row['turn']:4} {row['kept_tokens']:12} {numbers}")
+        print(f"{row['turn']:4} {row['kept_tokens']:12} {row['server_kept_tokens']:10} {numbers}")
     if args.json:
         print(json.dumps(rows))
     return 0

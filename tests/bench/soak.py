@@ -7,8 +7,9 @@ Two parts, each bounded in count:
             hours, as fast as they go. Whole and streamed answers, clients that are killed, that read slowly, bodies
             that are malformed or too large, decompression bombs, paths that leave the image folder.
 Every answer is compared with the one the same question got alone at the start. Resident memory is read after a
-warm-up of a tenth and at the end, with the growth between; a run fails on a wrong answer, a cache that is left, or
-growth above 16 MiB: less than 5 kB an answer, where one leaked cache of the demo model has more.
+warm-up of a tenth and at the end, with the growth between; a run fails on a wrong answer, a cache that is left beside
+those that the server says it keeps and was told to, or growth above 16 MiB: less than 5 kB an answer, where one leaked
+cache of the demo model has more.
 
 Run: python tests/bench/soak.py OUT [--generations 10000] [--requests 3600] [--clients 6] [--target ort] [--json]
 Linux only (/proc). Exit 1 if something was wrong.
@@ -48,6 +49,7 @@ from qvlm_runtime import FeatureCache, Model, load
 GROWTH = 16 << 20
 IMAGES = 12  # every second one is asked about
 KEPT = 4  # of which the feature cache holds this many
+KEPT_CACHES = 3
 KINDS = 24
 NEW_TOKENS = 6
 SECONDS = 120.0
@@ -149,7 +151,8 @@ def server(folder: Path, target: str | None, root: Path, clients: int) -> Iterat
     """A qvlm-serve process; its port and process id."""
     command = [sys.executable, "-m", "qvlm_runtime.serve.cli", str(folder), "--port", "0",
                "--threads", "1", "--image-root", str(root), "--max-queue", str(2 * clients),
-               "--max-body-bytes", "2000000", "--max-body-seconds", "5"]  # fmt: skip
+               "--max-body-bytes", "2000000", "--max-body-seconds", "5",
+               "--kept-caches", str(KEPT_CACHES)]  # fmt: skip
     command += ["--target", target] if target else []
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
@@ -283,7 +286,7 @@ def requests(folder: Path, target: str | None, count: int, clients: int) -> dict
             settled(port)
             warm = resident(pid)
             list(pool.map(one, range(count // 10, count)))
-        left = settled(port)
+        left, kept = settled(port)
         return {
             "requests": count,
             "seconds": round(time.perf_counter() - start, 1),
@@ -292,21 +295,32 @@ def requests(folder: Path, target: str | None, count: int, clients: int) -> dict
             "growth_bytes": resident(pid) - warm,
             "resident_bytes": resident(pid),
             "cache_bytes_left": left,
+            "kept_caches": kept,
+            "prompt_tokens_reused": metric(port, "prompt_tokens_reused_total"),
+            "prompt_tokens_run": metric(port, "prompt_tokens_run_total"),
         }  # fmt: skip
 
 
-def settled(port: int) -> int:
-    """Wait until no answer runs; bytes of caches that are left."""
+def metric(port: int, name: str) -> int:
+    """A number of the server's /metrics."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
+    connection.request("GET", "/metrics")
+    text = connection.getresponse().read().decode()
+    connection.close()
+    return int(float(re.findall(rf"^qvlm_{name} (\S+)$", text, re.MULTILINE)[0]))
+
+
+def settled(port: int) -> tuple[int, int]:
+    """Wait until no answer runs; bytes of caches that are left beside the kept ones, and how many are kept.
+
+    A kept one too many counts as left.
+    """
     deadline = time.monotonic() + SECONDS
-    while True:
-        connection = http.client.HTTPConnection("127.0.0.1", port, timeout=SECONDS)
-        connection.request("GET", "/metrics")
-        text = connection.getresponse().read().decode()
-        connection.close()
-        running = int(re.findall(r"^qvlm_answers_running (\d+)$", text, re.MULTILINE)[0])
-        if running == 0 or time.monotonic() > deadline:
-            return int(re.findall(r"^qvlm_cache_bytes (\d+)$", text, re.MULTILINE)[0])
+    while metric(port, "answers_running") and time.monotonic() < deadline:
         time.sleep(0.05)
+    kept = metric(port, "kept_caches")
+    left = metric(port, "cache_bytes") - metric(port, "kept_cache_bytes")
+    return left + max(0, kept - KEPT_CACHES), kept
 
 
 def show(what: str, done: int, count: int) -> None:

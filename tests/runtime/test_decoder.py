@@ -153,6 +153,32 @@ def test_a_grown_cache_reads_little_more_than_is_valid(
     assert all(array.size == 30 * 12 for array in storage(state)), "no second buffer"
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("before", "kept", "after"), [(9, 9, 30), (30, 4, 12), (20, 0, 9)])
+def test_a_cache_of_another_size_keeps_its_rows(
+    tmp_path: Path, form: str, dtype: str, before: int, kept: int, after: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """Larger or smaller, bit for bit; the memory is that of a new one, and what follows is right."""
+    monkeypatch.setattr("qvlm_runtime.cache.STEP", 8)
+    state = decoder(tmp_path, form, dtype).start(before, FEATURES)
+    state.step(IDS[:9], INDEX[:9])
+    state.rewind(kept)
+    rows = state.cache_rows(0)
+    state.resize(after)
+    assert (state.length, state.capacity) == (kept, after)
+    assert [array.size for array in storage(state)] == [after * 12] * 2
+    for moved, row in zip(state.cache_rows(0), rows, strict=True):
+        np.testing.assert_array_equal(moved, row)
+    while state.length < after:
+        at = state.length
+        logits = state.step([IDS[at]], [INDEX[at]] if at < 7 else None)
+        assert_reference(logits, at + 1, dtype)
+    with pytest.raises(PromptError, match=f"cache of {after} rows"):
+        state.step([9])
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_returned_logits_and_rows_do_not_change_later(tmp_path: Path, form: str) -> None:
     state = decoder(tmp_path, form).start(16, FEATURES)

@@ -23,6 +23,7 @@ from runtime_support import write_folder
 from qvlm_runtime import SessionError, load
 from qvlm_runtime.backend import DeviceArray
 from qvlm_runtime.features import Picture
+from qvlm_runtime.kept import KeptCaches
 
 CUDA = "CUDAExecutionProvider"
 
@@ -156,6 +157,23 @@ def test_answers_equal_the_cpu_backends(folder: Path, fake: FakeModule, target: 
     on_device = {"image_features", "past_key_0", "past_value_0", "present_key_0", "present_value_0"}
     assert {name for name, device in fake.bound if device == "cuda"} == on_device
     assert not on_device & {name for name, device in fake.bound if device == "cpu"}
+
+
+@pytest.mark.parametrize("target", ["ort", "rtx"])
+def test_a_kept_cache_gets_another_size_in_device_memory(
+    folder: Path, fake: FakeModule, target: str
+) -> None:
+    with (
+        load(folder, target, backend="ort-cuda", threads=1) as model,
+        KeptCaches(model, 1) as kept,
+    ):
+        for text, new in (("a" * 9, 5), ("a" * 20, 20), ("a" * 22, 3)):
+            expected = model.generate(text, max_new_tokens=new).token_ids
+            done = kept.stream(text, max_new_tokens=new).read()
+            assert done.token_ids == expected
+            assert model.budget.used == model.cache_bytes(len(text) + 2 + new)
+        assert done.timings.cached_tokens == 1 + 20
+    assert not [name for name, device in fake.bound if device == "cpu" and "past" in name]
 
 
 @pytest.mark.parametrize("target", ["ort", "rtx"])

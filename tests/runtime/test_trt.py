@@ -23,6 +23,7 @@ from runtime_support import PLAN_FORMS, SCATTERS, image_spec, model_spec, target
 from qvlm_runtime import SessionError, cuda, load
 from qvlm_runtime.backend import EXACT, as_float32, as_host, host_dtype, open_session
 from qvlm_runtime.decoder import Decoder
+from qvlm_runtime.kept import KeptCaches
 from qvlm_runtime.manifest import read_manifest
 from qvlm_runtime.trt import TrtSession
 
@@ -259,6 +260,26 @@ def test_threads_take_turns_and_get_their_own_answers(
         with ThreadPoolExecutor(3) as pool:
             futures = [pool.submit(model.generate, p, max_new_tokens=8) for p in prompts]
             assert [future.result().token_ids for future in futures] == alone
+
+
+@pytest.mark.parametrize("form", PLAN_FORMS)
+def test_a_kept_cache_gets_another_size_on_the_device(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, form: str
+) -> None:
+    device = machine(monkeypatch, "10.3.0")
+    toy_engines(tmp_path, device, form)
+    with load(tmp_path, threads=1) as model:
+        loaded = device.gpu.free
+        with KeptCaches(model, 1) as kept:
+            for text, new in (("a" * 9, 5), ("a" * 14, 11), ("a" * 15, 3)):
+                expected = model.generate(text, max_new_tokens=new).token_ids
+                done = kept.stream(text, max_new_tokens=new).read()
+                assert done.token_ids == expected
+                assert model.budget.used == model.cache_bytes(len(text) + 2 + new)
+            assert done.timings.cached_tokens == 1 + 14
+            assert device.gpu.free < loaded
+        gc.collect()
+        assert device.gpu.free == loaded
 
 
 def test_memory_is_given_back(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

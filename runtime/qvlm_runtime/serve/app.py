@@ -2,7 +2,8 @@
 
 An answer ends in one of four ways: it is complete; the client leaves; its time is over, which a
 client that does not read also reaches; it fails. In all of them the generation stops within one
-token and its cache is free before the turn is given on.
+token, and its cache is kept for the next turn of its conversation (kept.py) or free before the
+server's turn is given on.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import Any
 
 from qvlm_runtime.aio import AsyncStream
 from qvlm_runtime.errors import CapacityError, ImageError, PromptError
+from qvlm_runtime.kept import KeptCaches
 from qvlm_runtime.model import Model
 from qvlm_runtime.serve import asgi, page
 from qvlm_runtime.serve.access import Access
@@ -50,7 +52,7 @@ class _Exchange:
 
 
 class App:
-    """One model behind HTTP. ``close`` ends its threads; the model is the caller's."""
+    """One model behind HTTP. ``close`` ends its threads and caches; the model is the caller's."""
 
     def __init__(
         self,
@@ -67,6 +69,7 @@ class App:
         self.image_root = image_root
         self.gate = Gate(self.limits.concurrent, self.limits.queue, self.limits.queue_seconds)
         self.metrics = Metrics()
+        self.kept = KeptCaches(model, self.limits.kept)
         self._threads = ThreadPoolExecutor(self.limits.concurrent, "qvlm-answer")
         self._routes: dict[str, tuple[str, Callable[..., Awaitable[None]]]] = {
             "/health": ("GET", self._health),
@@ -75,9 +78,15 @@ class App:
             "/v1/chat/completions": ("POST", self._chat),
         }
 
+    @property
+    def most_cache_bytes(self) -> int:
+        """The most memory that caches take, of answers that run and of those that ended."""
+        return self.kept.most_bytes(self.limits.concurrent)
+
     def close(self) -> None:
-        """Wait for the steps that run, and end the threads."""
+        """Wait for the steps that run, end the threads and drop the caches."""
         self._threads.shutdown()
+        self.kept.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """The ASGI entry point."""
@@ -131,6 +140,9 @@ class App:
             "answers_running": self.gate.running,
             "requests_waiting": self.gate.waiting,
             "cache_bytes": self.model.budget.used,
+            "cache_bytes_most": self.most_cache_bytes,
+            "kept_caches": len(self.kept),
+            "kept_cache_bytes": self.kept.nbytes,
             "image_features_bytes": self.model.feature_cache.bytes,
         }
         text = self.metrics.text(gauges).encode()
@@ -200,7 +212,7 @@ class App:
             image_bytes(url, self.image_root, self.limits, f"image {i + 1}")
             for i, url in enumerate(ask.urls)
         ]
-        return self.model.stream(ask.messages, images, **ask.options)
+        return self.kept.stream(ask.messages, images, **ask.options)
 
     async def _send(self, ask: Ask, stream: AsyncStream, out: _Exchange) -> None:
         await stream.open()

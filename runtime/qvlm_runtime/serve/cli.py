@@ -50,7 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--threads", type=int, metavar="N", help="default: the engine's choice")
     add("--exact", action="store_true", help="float32 activations in INT4 products (slower)")
     add("--no-verify", action="store_true", help="do not compare the files' sha256")
-    add("--cache-limit", type=int, metavar="MIB", help="memory for all answers' caches")
+    add("--cache-limit", type=int, metavar="MIB", help="memory for all caches; kept ones make room")
+    add("--kept-caches", type=int, metavar="N",
+        help="caches of finished answers, so that a conversation's next turn runs only what is new; "
+        "clients can tell by the time whether a prompt's beginning was asked before; 0 keeps none "
+        "(default: as many as answers run at once)")  # fmt: skip
     add("--image-cache", type=int, default=DEFAULT_BYTES // _MIB, metavar="MIB",
         help="memory for features of images seen before (default: %(default)s)")  # fmt: skip
     for option, value, text in (
@@ -99,8 +103,10 @@ def _access(args: argparse.Namespace, token: str | None) -> Access:
 def _limits(args: argparse.Namespace) -> Limits:
     limits = Limits(**{name: getattr(args, name) for name in Limits.__dataclass_fields__})
     for name, value in vars(limits).items():
-        if value <= 0 and name not in ("queue", "images"):
-            raise ServeError(f"{name}: got {value}, expected more than 0.")
+        if value is not None and value < 0:
+            raise ServeError(f"{name}: got {value}, expected at least 0.")
+        if value == 0 and name not in ("queue", "images", "kept_caches"):
+            raise ServeError(f"{name}: got 0, expected more than 0.")
     return limits
 
 
@@ -141,9 +147,19 @@ def _serve(args: argparse.Namespace) -> None:
                 host, port = listening.getsockname()[:2]
                 shown = f"[{host}]" if ":" in host else host
                 print(f"qvlm-serve: {name} at http://{shown}:{port}", flush=True)
+                print(f"qvlm-serve: {_memory(app)}", flush=True)
                 uvicorn.Server(config).run(sockets=[listening])
         finally:
             app.close()
+
+
+def _memory(app: App) -> str:
+    """What caches may take, in words."""
+    kept, rows = app.limits.kept, app.model.decoder.max_rows
+    return (
+        f"at most {max(kept, app.limits.concurrent)} caches of at most {rows} rows, together at most "
+        f"{app.most_cache_bytes / 1e6:.1f} MB; {kept or 'none'} kept between requests (--kept-caches)"
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -14,7 +14,9 @@ class Limits:
     concurrent answers run at once, ``queue`` further requests arrive or wait, for at most
     queue_seconds; so bodies take at most (concurrent + queue) * body_bytes at a time.
     request_seconds: an answer from its turn to its last byte, a slow reader included.
-    prefill_chunk bounds activation memory and how long a cancellation waits.
+    prefill_chunk bounds activation memory and how long a cancellation waits. kept_caches: caches of
+    finished answers, see kept.py; None is ``concurrent``, which takes no more memory than that many
+    answers at once may take anyway.
     """
 
     body_bytes: int = 32 << 20
@@ -27,3 +29,9 @@ class Limits:
     queue_seconds: float = 60.0
     request_seconds: float = 300.0
     prefill_chunk: int = 512
+    kept_caches: int | None = None
+
+    @property
+    def kept(self) -> int:
+        """kept_caches as a number."""
+        return self.concurrent if self.kept_caches is None else self.kept_caches

@@ -260,6 +260,11 @@ class Reply:
 
 
 def usage(done: Generation) -> dict[str, Any]:
-    """Token counts of an answer."""
+    """Token counts of an answer; of the prompt's, those whose cache rows were kept."""
     prompt, new = done.timings.prompt_tokens, len(done.token_ids)
-    return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": new,
+        "total_tokens": prompt + new,
+        "prompt_tokens_details": {"cached_tokens": done.timings.cached_tokens},
+    }
