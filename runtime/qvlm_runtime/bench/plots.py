@@ -10,7 +10,7 @@ from dataclasses import dataclass
 COLOURS = 6  # the page defines --c0 to --c5
 _WIDTH = 860
 _LABEL = 230
-_NOTE = 240
+_NOTE = 270
 
 
 @dataclass(frozen=True)
