@@ -71,7 +71,7 @@ class Plan:
 
 
 def check_method(recipe: Recipe) -> None:
-    """RecipeError for an unknown method or an option it does not have."""
+    """RecipeError for an unknown method, an option it does not have, or a value that makes no sense."""
     if recipe.method not in METHODS:
         raise RecipeError(f"method {recipe.method!r} is unknown. Known: {', '.join(METHODS)}.")
     known = dict(METHODS[recipe.method].options)
@@ -82,6 +82,12 @@ def check_method(recipe: Recipe) -> None:
         raise RecipeError(
             f"method {recipe.method!r}: unknown option {unknown[0]!r}. Known: {names}. {_OPTIONS_NOTE}"
         )
+    try:
+        METHODS[recipe.method].check(recipe)
+    except TypeError as error:
+        raise RecipeError(
+            f"method {recipe.method!r}: an option's value is of another kind than its default ({error})."
+        ) from error
 
 
 def resolve(

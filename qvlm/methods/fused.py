@@ -159,6 +159,10 @@ class Fused:
 
     options: Mapping[str, Any] = {f.name: f.default for f in fields(Settings)} | {"rotations": AUTO}
 
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for a value that makes no sense."""
+        Settings.of(recipe)
+
     def prepare(self, context: Context) -> State:
         """Step 1, and the curvature of every quantized linear's tokens if it is asked for."""
         settings = Settings.of(context.recipe)

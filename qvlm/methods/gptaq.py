@@ -34,7 +34,7 @@ from typing import Any
 from qvlm.errors import RecipeError
 from qvlm.hessian import Statistics
 from qvlm.methods import gptq
-from qvlm.methods.method import Block, BlockResult, Context, State
+from qvlm.methods.method import Block, BlockResult, State
 from qvlm.methods.stages import StagedLayer
 from qvlm.recipe import Recipe
 
@@ -66,10 +66,10 @@ class Gptaq(gptq.Gptq):
 
     options: Mapping[str, Any] = OPTIONS
 
-    def prepare(self, context: Context) -> State:
-        """Checks the options; prepares nothing."""
-        check_alpha(context.recipe)
-        return super().prepare(context)
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for a value that makes no sense."""
+        check_alpha(recipe)
+        super().check(recipe)
 
     def quantize_block(self, block: Block, recipe: Recipe, state: State) -> BlockResult:
         """Each stage with H and D."""

@@ -203,9 +203,12 @@ class Gptq:
 
     options: Mapping[str, Any] = OPTIONS
 
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for a value that makes no sense."""
+        Settings.of(recipe)
+
     def prepare(self, context: Context) -> State:
-        """Checks the options; prepares nothing."""
-        Settings.of(context.recipe)
+        """Prepares nothing."""
         return {}
 
     def partition(self, stream: Stream, recipe: Recipe, state: State) -> list[tuple[int, int]]:

@@ -105,6 +105,10 @@ class Method(Protocol):
     # Options a recipe may give this method, with their defaults; the driver refuses others.
     options: Mapping[str, Any]
 
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for an option's value that makes no sense."""
+        ...
+
     def prepare(self, context: Context) -> State:
         """Work that needs the whole model (e.g. clip ranges of the visual encoder); {} for none."""
         ...

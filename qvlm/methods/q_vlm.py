@@ -147,6 +147,10 @@ class QVlm:
 
     options: Mapping[str, Any] = OPTIONS
 
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for a value that makes no sense."""
+        resolved(recipe)
+
     def prepare(self, context: Context) -> State:
         """Steps 1 to 3: clip ranges of vision (after the visual-encoder step), D, and the decoder's
         partition.

@@ -126,11 +126,14 @@ class RoundToNearest:
 
     options: Mapping[str, Any] = OPTIONS
 
-    def prepare(self, context: Context) -> State:
-        """Checks the option; prepares nothing."""
-        scales = context.recipe.options.get("scales", OPTIONS["scales"])
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for a value that makes no sense."""
+        scales = recipe.options.get("scales", OPTIONS["scales"])
         if scales not in ("max", "search"):
             raise RecipeError(f"option scales: {scales!r}, expected max or search")
+
+    def prepare(self, context: Context) -> State:
+        """Prepares nothing."""
         return {}
 
     def partition(self, stream: Stream, recipe: Recipe, state: State) -> list[tuple[int, int]]:

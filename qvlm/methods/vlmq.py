@@ -43,7 +43,7 @@ from qvlm import importance
 from qvlm.errors import RecipeError
 from qvlm.importance import Attention, attention_output
 from qvlm.methods import gptaq, gptq
-from qvlm.methods.method import Block, BlockResult, Context, State
+from qvlm.methods.method import Block, BlockResult, State
 from qvlm.methods.stages import StagedLayer, call_stages
 from qvlm.models.adapter import linears_below
 from qvlm.recipe import Recipe
@@ -91,10 +91,9 @@ class Vlmq(gptaq.Gptaq):
 
     options: Mapping[str, Any] = OPTIONS
 
-    def prepare(self, context: Context) -> State:
-        """Checks the options; prepares nothing."""
-        Settings.of(context.recipe)
-        return {}
+    def check(self, recipe: Recipe) -> None:
+        """RecipeError for a value that makes no sense."""
+        Settings.of(recipe)
 
     def quantize_block(self, block: Block, recipe: Recipe, state: State) -> BlockResult:
         """Steps 1 to 6."""

@@ -49,6 +49,9 @@ class Pairs(rtn.RoundToNearest):
         self.blocks = blocks
         self.prepared = 0
 
+    def check(self, recipe: Recipe) -> None:
+        """Takes anything."""
+
     def prepare(self, context: Context) -> State:
         self.prepared += 1
         assert set(context.formats) == {"vision", "projector", "text", "head"}

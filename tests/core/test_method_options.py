@@ -1,0 +1,40 @@
+"""Proves that a method's option with a value that makes no sense is refused when a recipe is checked, not after the
+samples have been run.
+
+Run: python -m pytest tests/core/test_method_options.py -q
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from qvlm.errors import RecipeError
+from qvlm.methods import METHODS
+from qvlm.plan import check_method
+from qvlm.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "said"),
+    [
+        ("fused", {"passes": 0}, "option passes: 0, expected at least 1"),
+        ("fused", {"steps": "many"}, "an option's value is of another kind"),
+        ("gptq", {"damping": -1}, "damping"),
+        ("gptaq", {"alpha": 2.0}, "alpha"),
+        ("vlmq", {"exponent": 3}, "option exponent: 3, expected 1 or 2"),
+        ("q-vlm", {"partition": "none"}, "option partition: 'none'"),
+        ("rtn", {"scales": "none"}, "option scales: 'none'"),
+    ],
+)
+def test_an_options_value_is_refused_before_any_work(
+    method: str, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(RecipeError, match=said):
+        check_method(Recipe((), method, options=options))
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_defaults_are_accepted(method: str) -> None:
+    check_method(Recipe((), method, options=dict(METHODS[method].options)))
