@@ -16,7 +16,8 @@ E never rises in any step, in float64. Source: coordinate descent on layer-wise 
 al., arXiv 2309.01885); the target is the continuous optimum of GPTAQ's objective (``methods.gptaq``). What we do
 differently: the asymmetric target, token weights (inside H and D), the scales' re-fit.
 
-Cost: a sweep is out in^2 multiplications, as GPTQ's; the re-fit is one product with H and a solve per row.
+Cost: out in^2 multiplications to begin with, as many per round times the share of integers that move; the re-fit one
+and a half times out in^2 and a solve per row. GPTQ's sweep is half of out in^2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from torch import Tensor
 
 from qvlm import affine
 from qvlm.affine import QuantizedWeight
-from qvlm.hessian import damped
+from qvlm.hessian import Factored
 
 # A move must lower E by this share of the row's error: below it float64 rounding decides.
 LEAST_GAIN = 1e-12
@@ -34,18 +35,12 @@ LEAST_GAIN = 1e-12
 COLUMNS = 64
 
 
-def target(
-    weight: Tensor, hessian: Tensor, cross: Tensor | None, alpha: float, damping: float
-) -> Tensor:
-    """t [out, in] float64: w + alpha w D (H + damping mean(diag H) I)^-1; the weight itself without D.
-
-    ``hessian`` must have no dead column (``hessian.revive_dead``).
-    """
+def target(weight: Tensor, factored: Factored, shift: Tensor | None, alpha: float) -> Tensor:
+    """t [out, in] float64: w + alpha (w D) (H + damping mean(diag H) I)^-1; w itself without ``shift``, w D."""
     w = weight.detach().double()
-    if cross is None or alpha == 0.0:
+    if shift is None or alpha == 0.0:
         return w
-    shift: Tensor = torch.linalg.solve(damped(hessian, damping), (w @ cross).T).T  # H is symmetric
-    found: Tensor = w + alpha * shift
+    found: Tensor = w + alpha * factored.over(shift)
     return found
 
 
@@ -55,16 +50,16 @@ def row_errors(values: Tensor, wanted: Tensor, hessian: Tensor) -> Tensor:
     return ((difference @ hessian) * difference).sum(1)
 
 
-def stream_error(values: Tensor, weight: Tensor, hessian: Tensor, cross: Tensor | None) -> float:
-    """sum c |v u - w f|^2 for values v and a weight w [out, in], less what v = w has; H and D as in ``target``.
+def stream_error(values: Tensor, weight: Tensor, hessian: Tensor, shift: Tensor | None) -> float:
+    """sum c |v u - w f|^2 for values v and a weight w [out, in], less what v = w has; H as in ``target``, shift = w D.
 
     Unlike E it needs no target, so that H and D may be of other samples than the integers come from.
     """
     difference = values.double() - weight.detach().double()
-    found = ((difference @ hessian) * difference).sum()
-    if cross is not None:
-        found = found - 2 * ((weight.detach().double() @ cross) * difference).sum()
-    return float(found)
+    pull = difference @ hessian
+    if shift is not None:
+        pull -= 2 * shift
+    return float(pull.mul_(difference).sum())
 
 
 def descend(
@@ -76,34 +71,30 @@ def descend(
     """
     qmin, qmax = affine.integer_range(bits)
     scale, zero = _columns(start)
-    integers = start.integers.double()
-    difference = scale * (integers - zero) - wanted
+    difference = scale * (start.integers.double() - zero) - wanted
     pull = difference @ hessian  # (v - t) H, kept up to date
-    diagonal = hessian.diagonal()
     noise = LEAST_GAIN * (pull * difference).sum(1)
-    scale, integers = scale.T.contiguous(), integers.T.contiguous()  # by column, as they are read
+    # By column, as they are read and written.
+    scale, integers = scale.T.contiguous(), start.integers.T.double()
+    diagonal = hessian.diagonal().tolist()
     for _ in range(sweeps):
         changed = False
         for first in range(0, len(hessian), COLUMNS):
             last = min(first + COLUMNS, len(hessian))
-            # [columns, out]: a column is read and written at once.
-            near = pull[:, first:last].T.contiguous()
-            moves = torch.zeros_like(near)
+            here, near = pull[:, first:last].T.contiguous(), hessian[first:last, first:last]
+            moves = torch.zeros_like(here)
             for c in range(first, last):
-                s, old, g = scale[c], integers[c], near[c - first]
-                best = torch.round(old - g / (diagonal[c] * s)).clamp(qmin, qmax)
+                k, s, old = c - first, scale[c], integers[c]
+                g = here[k].addmv_(moves[:k].T, near[k, :k])
+                best = torch.round(old - g / (diagonal[c] * s)).clamp_(qmin, qmax)
                 move = s * (best - old)
                 gains = -(2 * g + diagonal[c] * move) * move > noise
-                if not bool(gains.any()):
-                    continue
-                move = torch.where(gains, move, 0.0)
+                moves[k] = torch.where(gains, move, 0.0)
                 integers[c] = torch.where(gains, best, old)
-                moves[c - first] = move
-                # Columns before c are read again in the next round only, when ``pull`` holds their new values.
-                near[c - first + 1 :] += torch.outer(hessian[c, c + 1 : last], move)
             if bool(moves.any()):
                 changed = True
-                pull += moves.T @ hessian[first:last]
+                # Behind a start that was swept one integer in a hundred moves, fewer in every round.
+                torch.addmm(pull, moves.T.to_sparse(), hessian[first:last], out=pull)
         if not changed:
             break
     found = integers.T.contiguous().to(torch.int8)
@@ -113,32 +104,35 @@ def descend(
 def refit_scales(start: QuantizedWeight, wanted: Tensor, hessian: Tensor) -> QuantizedWeight:
     """Step 3: the scales of least E for these integers, positive float16 values. Arguments as ``descend``.
 
-    A weight with one scale in all ([1, 1]) is returned as it is. So is a row whose best scales are not positive or
-    fit no normal float16.
+    With M_gh = q_g H_gh q_h' and r_g = q_g [H t']_g (q_g a row's integers of group g), E(s) = s M s' - 2 s r + const,
+    so that M s = r is solved per row. A weight with one scale in all ([1, 1]) is returned as it is. So is a row whose
+    best scales are not positive or fit no normal float16.
     """
     rows, groups = start.scale.shape
     if rows != len(start.integers):
         return start
-    scale, zero = _columns(start)
-    grid = (start.integers.double() - zero).reshape(rows, groups, -1)
-    blocks = torch.eye(groups, dtype=torch.float64).repeat_interleave(grid.shape[2], 1)
-    spread = (
-        grid.reshape(rows, 1, -1) * blocks
-    )  # [out, groups, in]: a row's integers, one group each
-    products = spread.reshape(rows * groups, -1) @ hessian
-    products = products.reshape(rows, groups, -1)
-    system = products @ spread.transpose(1, 2)
-    right = (products @ wanted[:, :, None])[:, :, 0]
+    scale, zero = (x.reshape(rows, groups, -1) for x in _columns(start))
+    old, grid = scale[:, :, 0], start.integers.double().reshape(rows, groups, -1) - zero
+    right = ((wanted @ hessian).reshape(rows, groups, -1) * grid).sum(2)
+    system = torch.empty(rows, groups, groups, dtype=torch.float64)
+    for g, part in enumerate(hessian.reshape(groups, -1, len(hessian))):
+        # M is symmetric: the groups from g on are enough.
+        reach = (grid[:, g] @ part[:, g * len(part) :]).reshape(rows, groups - g, -1)
+        system[:, g, g:] = (reach * grid[:, g:]).sum(2)
+        system[:, g:, g] = system[:, g, g:]
     # An all-zero group has no say: a unit row keeps the system solvable and leaves its scale alone below.
     empty = system.diagonal(dim1=1, dim2=2) <= 0
-    system = system + torch.diag_embed(empty.double())
-    found = torch.linalg.lstsq(system, right[:, :, None]).solution[:, :, 0]
-    found = torch.where(empty, start.scale.double(), found).float().to(torch.float16).double()
+    solvable = system + torch.diag_embed(empty.double())
+    found = torch.linalg.lstsq(solvable, right[:, :, None]).solution[:, :, 0]
+    found = torch.where(empty, old, found).float().to(torch.float16).double()
     valid = (torch.isfinite(found) & (found >= affine.SMALLEST_SCALE)).all(1)
-    safe = torch.where(valid[:, None], found, start.scale.double())
-    old = row_errors(scale * (start.integers.double() - zero), wanted, hessian)
-    new = row_errors((grid * safe[:, :, None]).reshape(rows, -1), wanted, hessian)
-    chosen = torch.where((new < old)[:, None], safe, start.scale.double())
+    found = torch.where(valid[:, None], found, old)
+
+    def cost(s: Tensor) -> Tensor:
+        """E [out] up to a constant."""
+        return ((system @ s[:, :, None])[:, :, 0] * s - 2 * s * right).sum(1)
+
+    chosen = torch.where((cost(found) < cost(old))[:, None], found, old)
     return QuantizedWeight(start.integers, chosen.float(), start.zero_point)
 
 

@@ -10,6 +10,8 @@ product is float32, exact enough because it is rounded relative to that sample.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,8 @@ from qvlm.errors import CalibrationError
 
 # Each failed factorisation is retried with ten times the damping, up to this factor.
 DAMPING_LADDER = (1.0, 10.0, 100.0)
+# Triangles up to this size are inverted by one solve.
+SOLVED = 256
 
 
 class Statistics:
@@ -49,6 +53,10 @@ class Statistics:
         self._weight_sum += float(c.double().sum())
         self._weight_squares += float(c.double().square().sum())
 
+    def shift(self, weight: Tensor) -> Tensor | None:
+        """w D float64 of a weight [out, in]: what the float stream asks of its outputs; None without D."""
+        return None if self.cross is None else weight.detach().double() @ self.cross
+
     @property
     def effective_tokens(self) -> float:
         """(sum c)^2 / sum c^2: as many equally weighted tokens carry the same information."""
@@ -68,7 +76,9 @@ def revive_dead(hessian: Tensor) -> tuple[Tensor, int]:
         return hessian, 0
     live = diagonal[~dead]
     fill = float(live.mean()) if len(live) else 1.0
-    return hessian + torch.diag(dead.to(hessian.dtype) * fill), count
+    revived = hessian.clone()
+    revived.diagonal()[dead] = fill
+    return revived, count
 
 
 def shrunk(hessian: Tensor, share: float) -> Tensor:
@@ -79,33 +89,95 @@ def shrunk(hessian: Tensor, share: float) -> Tensor:
     proportions. Unlike ``damped`` this is relative to each channel, so that a channel whose mean energy is small, as
     it is rarely used, is protected as well as any.
     """
-    return hessian + share * torch.diag(hessian.diagonal())
+    found = hessian.clone()
+    found.diagonal().mul_(1 + share)
+    return found
 
 
 def damped(hessian: Tensor, damping: float) -> Tensor:
     """H + damping mean(diag H) I."""
-    mean = float(hessian.diagonal().mean())
-    return hessian + damping * mean * torch.eye(len(hessian), dtype=hessian.dtype)
+    found = hessian.clone()
+    found.diagonal().add_(damping * float(hessian.diagonal().mean()))
+    return found
 
 
-def inverse_factor(hessian: Tensor, damping: float) -> tuple[Tensor, float]:
-    """Upper R [in, in] with R'R = (H + damping mean(diag H) I)^-1, and the damping that was used.
+@dataclass(frozen=True)
+class Factored:
+    """H of linears that share their inputs, with what every one of them needs of it; all float64.
+
+    diagonal [in]: of H without dead columns (``dead`` of them revived); damped [in, in]: H with ``damping`` times the
+    diagonal's mean added to it. order [in]: the columns as a sweep processes them. factor and upper [in, in], both
+    upper triangular: R'R = damped^-1 and U U' = damped, in that order.
+    """
+
+    diagonal: Tensor
+    damped: Tensor
+    damping: float
+    dead: int
+    order: Tensor
+    factor: Tensor
+    upper: Tensor
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal [in] of damped^-1."""
+        found = torch.empty_like(self.damped[0])
+        found[self.order] = self.factor.square().sum(0)
+        return found
+
+    def over(self, rows: Tensor) -> Tensor:
+        """x damped^-1 for x [rows, in]: two triangular solves, x U^-T U^-1."""
+        found = torch.empty_like(rows)
+        half = torch.linalg.solve_triangular(
+            self.upper.T, rows[:, self.order], upper=False, left=False
+        )
+        found[:, self.order] = torch.linalg.solve_triangular(
+            self.upper, half, upper=True, left=False
+        )
+        return found
+
+
+def factored(
+    hessian: Tensor, damping: float, act_order: bool = True, shrinkage: float = 0.0
+) -> Factored:
+    """Factors of H [in, in] ``shrunk`` by ``shrinkage``, columns by falling H_ii (``act_order``) or as they come.
 
     With J the reversal of the columns, J H J = L L' gives H = U U' for the upper U = J L J, and R = U^-1: one
-    factorisation and one triangular solve, no explicit inverse. Where the factorisation fails the damping is raised
-    tenfold, twice; CalibrationError after that or for entries that are not finite.
+    factorisation and one triangular inverse. Where the factorisation fails the damping is raised tenfold, twice;
+    CalibrationError after that or for entries that are not finite.
     """
     if not bool(torch.isfinite(hessian).all()):
         raise CalibrationError(
             "inputs are not finite. Look for an overflow in the float model on these samples."
         )
-    identity = torch.eye(len(hessian), dtype=hessian.dtype)
+    live, dead = revive_dead(hessian.double())
+    live = shrunk(live, shrinkage)
+    order = torch.arange(len(live))
+    if act_order:
+        order = torch.argsort(live.diagonal(), descending=True, stable=True)
     for factor in DAMPING_LADDER:
-        lower, failed = torch.linalg.cholesky_ex(damped(hessian, damping * factor).flip(0, 1))
+        raised, last_first = damped(live, damping * factor), order.flip(0)
+        lower, failed = torch.linalg.cholesky_ex(raised[last_first][:, last_first])
         if not int(failed):
             upper = lower.flip(0, 1)
-            return torch.linalg.solve_triangular(upper, identity, upper=True), damping * factor
+            return Factored(
+                live.diagonal(), raised, damping * factor, dead, order, _inverse(upper), upper
+            )
     raise CalibrationError(
         f"H is not positive definite even with damping {damping * DAMPING_LADDER[-1]:g}. "
         "Give more samples or raise the option damping."
     )
+
+
+def _inverse(upper: Tensor) -> Tensor:
+    """U^-1 of an upper triangular U by halves: a third of the multiplications of a solve for all columns."""
+    count = len(upper)
+    if count <= SOLVED:
+        identity = torch.eye(count, dtype=upper.dtype)
+        found: Tensor = torch.linalg.solve_triangular(upper, identity, upper=True)
+        return found
+    half = count // 2
+    found = torch.zeros_like(upper)
+    found[:half, :half] = _inverse(upper[:half, :half])
+    found[half:, half:] = _inverse(upper[half:, half:])
+    found[:half, half:] = -(found[:half, :half] @ upper[:half, half:]) @ found[half:, half:]
+    return found

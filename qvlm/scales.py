@@ -31,11 +31,13 @@ from torch import Tensor
 
 from qvlm import affine
 from qvlm.errors import RecipeError
-from qvlm.hessian import inverse_factor
+from qvlm.hessian import Factored
 from qvlm.recipe import WeightScheme
 
 FACTORS = tuple(1.0 - 0.02 * i for i in range(41))
 OBJECTIVES = ("conditional", "diagonal")
+# Weights searched at once: their errors stay in a core's cache.
+CHUNK = 1 << 16
 
 
 def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor) -> Tensor:
@@ -45,14 +47,20 @@ def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor) -> T
     """
     if not scheme.symmetric:
         raise RecipeError("scale search: the scheme is asymmetric, expected a symmetric one")
-    w = weight.detach().float()
-    d = importance.float()
+    w, d = weight.detach().float(), importance.float()
+    if scheme.granularity == "tensor":
+        return _best_scales(w, scheme, d)
+    rows = max(1, CHUNK // w.shape[1])
+    return torch.cat([_best_scales(part, scheme, d) for part in torch.split(w, rows)])
+
+
+def _best_scales(w: Tensor, scheme: WeightScheme, d: Tensor) -> Tensor:
     best: Tensor | None = None
     chosen: Tensor | None = None
     for factor in FACTORS:
         scale, _ = affine.weight_scales(w, scheme, factor)
-        error = affine.fake_quantize_weight(w, scheme, scale) - w
-        cost = affine.grouped(error.square() * d, scheme).sum(-1)
+        error = affine.fake_quantize_weight(w, scheme, scale).sub_(w).square_().mul_(d)
+        cost = affine.grouped(error, scheme).sum(-1)
         if scheme.granularity == "tensor":
             cost = cost.sum().reshape(1, 1)
         if best is None or chosen is None:
@@ -63,14 +71,10 @@ def search_scales(weight: Tensor, scheme: WeightScheme, importance: Tensor) -> T
     return chosen
 
 
-def column_importance(hessian: Tensor, objective: str, damping: float) -> Tensor:
-    """d [in] float64 for H [in, in] without dead columns; RecipeError on an unknown objective.
-
-    Raises CalibrationError as ``hessian.inverse_factor``.
-    """
+def column_importance(factored: Factored, objective: str) -> Tensor:
+    """d [in] float64 for the H of ``factored``; RecipeError on an unknown objective."""
     if objective not in OBJECTIVES:
         raise RecipeError(f"option scales: {objective!r}, expected one of {', '.join(OBJECTIVES)}")
     if objective == "diagonal":
-        return hessian.diagonal()
-    factor, _ = inverse_factor(hessian, damping)
-    return 1 / factor.square().sum(0)  # the diagonal of R'R = (H + ...)^-1
+        return factored.diagonal
+    return 1 / factored.inverse_diagonal()

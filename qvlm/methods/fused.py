@@ -35,9 +35,10 @@ Tried and left out: scales tuned end to end (Adam on the answers' KL), which 900
 calibration samples of random tokens; the loss "both", whose result held-out samples reject. Curvature weights lost
 before H was shrunk and were not measured since.
 
-Cost: GPTAQ's passes, two sweeps for the two scales, two descents, and ``steps`` times ``batch`` forward and backward
-passes of the block, fewer where the fitted samples would be gone through more than ``passes`` times (with loss
-"answers" or "both", of the decoder behind it; with curvature weights, one backward pass of the model per sample).
+Cost: GPTAQ's passes; a factor of H per stage; per weight two sweeps for the two scales, two descents and a re-fit,
+together some ten products with H; in blocks rounded jointly ``steps`` times ``batch`` forward and backward passes of
+the block, fewer where the fitted samples would be gone through more than ``passes`` times (with loss "answers" or
+"both", of the decoder behind it; with curvature weights, one backward pass of the model per sample).
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ from qvlm.checkpoint import QuantizedLinear
 from qvlm.curvature import end_curvature
 from qvlm.descent import coordinate_optima, descend, refit_scales, target
 from qvlm.errors import RecipeError
-from qvlm.hessian import Statistics, damped, revive_dead, shrunk
+from qvlm.hessian import Factored, Statistics
 from qvlm.methods import block_rounding, gptaq, gptq, vlmq
 from qvlm.methods.block_rounding import BlockLoss, gradient_solver, grid_solver
 from qvlm.methods.block_search import dependencies
@@ -136,6 +137,10 @@ class Settings:
         """What GPTQ's sweep takes."""
         return gptq.Settings(damping=self.damping)
 
+    def factored(self, fit: Statistics) -> Factored:
+        """The shrunk H with its factors."""
+        return self.kernel.factored(fit.hessian, self.shrinkage)
+
     def descent(self, samples: int, seed: int) -> Descent:
         """Step 3's plan for so many samples: few of them are not gone through more than ``passes`` times."""
         fitted = len(split(samples)[0])
@@ -191,13 +196,14 @@ class Fused:
     def quantize_block(self, block: Block, recipe: Recipe, state: State) -> BlockResult:
         """Steps 2 to 4."""
         settings = Settings.of(recipe)
-        started = LayerByLayer(block, settings, state)
+        bits = [s.bits for f in block.formats.values() if (s := f.weights) is not None]
+        joint = settings.solver != "none" and bool(bits) and min(bits) <= settings.solver_bits
+        started = LayerByLayer(block, settings, state, joint)
         report: dict[str, Any] = {"linears": started.rows}
         if block.component == "text" and block.start == 0:
             recorded = ("partition", "dependency", "entropy")
             report |= {key: state[key].tolist() for key in recorded if key in state}
-        bits = [s.bits for f in block.formats.values() if (s := f.weights) is not None]
-        if settings.solver == "none" or not bits or min(bits) > settings.solver_bits:
+        if not joint:
             return BlockResult(started.results, report)
         last = list(block.layer_linears(block.stop - 1))[-1:]
         weights = token_weights(block, last, settings, state) if last else None
@@ -258,11 +264,11 @@ def token_weights(
 
 
 class LayerByLayer:
-    """Step 2 on every layer of a block: ``results`` by linear, where each weight would like to be (``soft``), the
-    float block's outputs (``targets``) and a report row per linear."""
+    """Step 2 on every layer of a block: ``results`` by linear, where each weight would like to be (``soft``, if
+    ``joint``: for step 3), the float block's outputs (``targets``) and a report row per linear."""
 
-    def __init__(self, block: Block, settings: Settings, state: State) -> None:
-        self.settings, self.state = settings, state
+    def __init__(self, block: Block, settings: Settings, state: State, joint: bool) -> None:
+        self.settings, self.state, self.joint = settings, state, joint
         self.results: dict[str, QuantizedLinear] = {}
         self.soft: dict[str, SoftWeight] = {}
         self.rows: dict[str, dict[str, Any]] = {}
@@ -304,8 +310,10 @@ class LayerByLayer:
                 )
                 for samples in (fit, held)
             )
+            factors = layer.per_inputs(found, self.settings.factored)
             for name in names:
-                self._linear(layer, name, found[name], judges[name] if held else None)
+                judge = judges[name] if held else None
+                self._linear(layer, name, found[name], factors[name], judge)
         return layer
 
     def _attention(self, layer: StagedLayer) -> vlmq.AttentionSolver | None:
@@ -317,23 +325,20 @@ class LayerByLayer:
         return vlmq.AttentionSolver(layer, found, settings)
 
     def _linear(
-        self, layer: StagedLayer, name: str, fit: Statistics, held: Statistics | None
+        self, layer: StagedLayer, name: str, fit: Statistics, h: Factored, held: Statistics | None
     ) -> None:
         settings, scheme = self.settings, layer.block.formats[name].weights
         assert scheme is not None
-        weight = layer.block.linears[name].weight
+        weight, cost = layer.block.linears[name].weight, h.damped
         alpha = gptaq.tied_alpha(settings.alpha, fit) if settings.asymmetric else 0.0
         with layer.naming(name):
-            hessian, dead = revive_dead(fit.hessian)
-            hessian = shrunk(hessian, settings.shrinkage)
-            wanted = target(weight, hessian, fit.cross, alpha, settings.damping)
+            wanted = target(weight, h, fit.shift(weight) if alpha else None, alpha)
             best = Best(weight, held)
             searched = settings.scales if scheme.symmetric else "max"
             for scales in dict.fromkeys(("max", searched) if held else (searched,)):
                 tried = replace(settings, scales=scales)
-                first = start(weight, wanted, hessian, fit.cross, alpha, scheme, tried)
+                first = start(weight, wanted, h, fit.cross, alpha, scheme, tried)
                 best.offer(f"scales {scales}", first)
-        cost = damped(hessian, settings.damping)
         if settings.sweeps:
             best.offer("descent", descend(best.weight, wanted, cost, scheme.bits, settings.sweeps))
             for turn in range(settings.refits):
@@ -342,40 +347,38 @@ class LayerByLayer:
                 best.offer(f"refit {turn + 1}", fitted)
         quantized = best.weight
         layer.finish(name, quantized)
-        self.soft[name] = SoftWeight(
-            quantized, coordinate_optima(quantized, wanted, cost), scheme.bits
-        )
+        if self.joint:
+            optima = coordinate_optima(quantized, wanted, cost)
+            self.soft[name] = SoftWeight(quantized, optima, scheme.bits)
         self.rows[name] = {"tokens": fit.tokens, "effective": fit.effective_tokens}
         if settings.asymmetric:
             self.rows[name]["alpha"] = alpha
         if best.errors:
             self.rows[name]["held_out"] = best.errors
-        if dead:
-            self.rows[name]["dead_columns"] = dead
+        if h.dead:
+            self.rows[name]["dead_columns"] = h.dead
 
 
 def start(
     weight: Tensor,
     wanted: Tensor,
-    hessian: Tensor,
+    factored: Factored,
     cross: Tensor | None,
     alpha: float,
     scheme: WeightScheme,
     settings: Settings,
 ) -> QuantizedWeight:
-    """Step 2's scales and first integers of a weight [out, in] whose shifted target is ``wanted``; H without dead
-    columns.
-    """
+    """Step 2's scales and first integers of a weight [out, in] whose shifted target is ``wanted``."""
     scale, zero = affine.weight_scales(weight.detach().float(), scheme)
     if settings.scales != "max":
-        importance = column_importance(hessian, settings.scales, settings.damping)
+        importance = column_importance(factored, settings.scales)
         scale = search_scales(weight, scheme, importance)
     if settings.start == "nearest":
         return affine.quantize_weight(weight.detach().float(), scheme, scale, zero)
     residual = settings.start == "residual"
     return gptq.gptq_matrix(
         wanted if residual else weight,
-        hessian,
+        factored,
         scheme,
         settings.kernel,
         cross=cross if settings.start == "gptaq" else None,

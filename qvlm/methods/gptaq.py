@@ -85,9 +85,6 @@ def quantize_stage(
 ) -> dict[str, dict[str, Any]]:
     """Quantize one stage of a layer; a report row per linear."""
     statistics = layer.statistics(names, asymmetric=True)
-    rows = {}
-    for name in names:
-        share = tied_alpha(alpha, statistics[name])
-        rows[name] = gptq.solve(layer, name, statistics[name], settings, share)
-        rows[name]["alpha"] = share
-    return rows
+    shares = {name: tied_alpha(alpha, sums) for name, sums in statistics.items()}
+    rows = gptq.solve(layer, statistics, settings, shares)
+    return {name: {**row, "alpha": shares[name]} for name, row in rows.items()}

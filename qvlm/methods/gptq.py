@@ -37,7 +37,7 @@ from qvlm import affine
 from qvlm.affine import QuantizedWeight
 from qvlm.capture import Stream
 from qvlm.errors import RecipeError
-from qvlm.hessian import Statistics, inverse_factor, revive_dead
+from qvlm.hessian import Factored, Statistics, factored
 from qvlm.methods.method import Block, BlockResult, Context, State
 from qvlm.methods.stages import StagedLayer
 from qvlm.ranges import initial_clip
@@ -74,6 +74,10 @@ class Settings:
         chosen = {key: recipe.options.get(key, default) for key, default in OPTIONS.items()}
         return Settings(**chosen)
 
+    def factored(self, hessian: Tensor, shrinkage: float = 0.0) -> Factored:
+        """Steps 3 to 5 for H [in, in], once for all linears that share their inputs."""
+        return factored(hessian, self.damping, self.act_order, shrinkage)
+
 
 @dataclass(frozen=True)
 class Solution:
@@ -86,7 +90,7 @@ class Solution:
 
 def gptq_matrix(
     weight: Tensor,
-    hessian: Tensor,
+    hessian: Tensor | Factored,
     scheme: WeightScheme,
     settings: Settings = Settings(),
     *,
@@ -94,32 +98,28 @@ def gptq_matrix(
     alpha: float = 1.0,
     scales: tuple[Tensor, Tensor | None] | None = None,
 ) -> Solution:
-    """Quantize a weight [out, in] given H [in, in]. Steps 2 to 6.
+    """Quantize a weight [out, in] given H [in, in], or what ``settings.factored`` made of it. Steps 2 to 6.
 
     cross: D [in, in] of ``hessian.Statistics``, then each column also moves the later ones towards the float stream's
     output, by ``alpha`` of the full correction (GPTAQ). Without it, or with D = 0, this is GPTQ.
     scales: scale and zero point in place of step 2.
-    Raises CalibrationError as ``inverse_factor``.
+    Raises CalibrationError as ``hessian.factored``.
     """
-    w = weight.detach().double()
-    h, dead = revive_dead(hessian.double())  # 3
+    h = hessian if isinstance(hessian, Factored) else settings.factored(hessian)  # 3 to 5
+    w, order = weight.detach().double(), h.order
     if scales is None:  # 2
-        scales = _scales(weight.detach().float(), h.diagonal(), scheme, settings.scales)
+        scales = _scales(weight.detach().float(), h.diagonal, scheme, settings.scales)
     scale, zero = scales
-    order = torch.arange(len(h))
-    if settings.act_order:  # 4
-        order = torch.argsort(h.diagonal(), descending=True, stable=True)
-    factor, damping = inverse_factor(h[order][:, order], settings.damping)  # 5
     pull = None
     if cross is not None:
         d = cross.double()[order][:, order]
-        pull = alpha * (d @ factor.T).triu(diagonal=1) @ factor
-    group = order // (len(h) // scale.shape[1])
-    grid = _Grid(scale.double(), None if zero is None else zero.double(), group, scheme.bits)
+        pull = alpha * (d @ h.factor.T).triu(diagonal=1) @ h.factor
+    group = (order // (len(order) // scale.shape[1])).tolist()
+    grid = _Grid(scale.double().T, None if zero is None else zero.double().T, group, scheme.bits)
     integers = torch.empty_like(w)
-    integers[:, order] = _sweep(w[:, order], grid, factor, pull, settings.columns)  # 6
+    integers[:, order] = _sweep(w.T[order], grid, h.factor, pull, settings.columns).T  # 6
     stored = None if zero is None else zero.to(torch.int8)
-    return Solution(QuantizedWeight(integers.to(torch.int8), scale, stored), damping, dead)
+    return Solution(QuantizedWeight(integers.to(torch.int8), scale, stored), h.damping, h.dead)
 
 
 def _scales(
@@ -134,68 +134,80 @@ def _scales(
 
 @dataclass(frozen=True)
 class _Grid:
-    """The points a column may take: scale and zero_point [out, groups] (or [1, 1]), group [in] of each column."""
+    """The points a column may take: scale and zero_point [groups, out] (or [1, 1]), group of each column."""
 
     scale: Tensor
     zero_point: Tensor | None
-    group: Tensor
+    group: list[int]
     bits: int
 
     def round(self, column: Tensor, index: int) -> tuple[Tensor, Tensor]:
         """Integers [out] of column ``index`` and the values they stand for."""
         qmin, qmax = affine.integer_range(self.bits)
-        scale = self.scale[:, self.group[index]]
+        scale = self.scale[self.group[index]]
         integers = torch.round(column / scale)
         if self.zero_point is None:
             integers = integers.clamp(qmin, qmax)
             return integers, integers * scale
-        zero = self.zero_point[:, self.group[index]]
+        zero = self.zero_point[self.group[index]]
         integers = (integers + zero).clamp(qmin, qmax)
         return integers, (integers - zero) * scale
 
 
 def _sweep(w: Tensor, grid: _Grid, factor: Tensor, pull: Tensor | None, columns: int) -> Tensor:
-    """Step 6 on a weight [out, in] in processing order; ``pull`` is P of ``methods.gptaq``."""
-    w = w.clone()
+    """Step 6 on a weight [in, out], a column of step 6 to a row, in processing order; ``pull`` is P of
+    ``methods.gptaq``. Consumes ``w``. Within ``columns`` a column collects its moves when its turn comes.
+    """
     integers = torch.empty_like(w)
-    for start in range(0, w.shape[1], columns):
-        stop = min(start + columns, w.shape[1])
-        errors = torch.empty_like(w[:, start:stop])
+    for start in range(0, len(w), columns):
+        stop = min(start + columns, len(w))
+        errors = torch.empty_like(w[start:stop])
+        near = factor[start:stop, start:stop].T.contiguous()
+        near_pull = None if pull is None else pull[start:stop, start:stop].T.contiguous()
         for i in range(start, stop):
-            integers[:, i], value = grid.round(w[:, i], i)
-            error = (w[:, i] - value) / factor[i, i]
-            errors[:, i - start] = error
-            w[:, i + 1 : stop] -= torch.outer(error, factor[i, i + 1 : stop])
-            if pull is not None:
-                w[:, i + 1 : stop] += torch.outer(w[:, i], pull[i, i + 1 : stop])
-        w[:, stop:] -= errors @ factor[start:stop, stop:]
+            k = i - start
+            w[i].addmv_(errors[:k].T, near[k, :k], alpha=-1)
+            if near_pull is not None:
+                w[i].addmv_(w[start:i].T, near_pull[k, :k])
+            integers[i], value = grid.round(w[i], i)
+            errors[k] = (w[i] - value) / near[k, k]
+        w[stop:].addmm_(factor[start:stop, stop:].T, errors, alpha=-1)
         if pull is not None:
-            w[:, stop:] += w[:, start:stop] @ pull[start:stop, stop:]
+            w[stop:].addmm_(pull[start:stop, stop:].T, w[start:stop])
     return integers
 
 
 def solve(
-    layer: StagedLayer, name: str, statistics: Statistics, settings: Settings, alpha: float = 1.0
-) -> dict[str, Any]:
-    """Quantize linear ``name`` of the layer and put the result in its place; what to report about it."""
-    scheme = layer.block.formats[name].weights
-    assert scheme is not None
-    with layer.naming(name):
-        solution = gptq_matrix(
-            layer.block.linears[name].weight,
-            statistics.hessian,
-            scheme,
-            settings,
-            cross=statistics.cross,
-            alpha=alpha,
-        )
-    layer.finish(name, solution.quantized)
-    row: dict[str, Any] = {"tokens": statistics.tokens}
-    if solution.damping != settings.damping:
-        row["note"] = f"damping raised to {solution.damping:g}"
-    if solution.dead:
-        row["dead_columns"] = solution.dead
-    return row
+    layer: StagedLayer,
+    statistics: Mapping[str, Statistics],
+    settings: Settings,
+    alphas: Mapping[str, float] | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Quantize a stage's linears and put the results in their places; what to report about each.
+
+    H is factored once for all that share it. ``alphas`` by linear, for GPTAQ.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    factors = layer.per_inputs(statistics, lambda sums: settings.factored(sums.hessian))
+    for name, sums in statistics.items():
+        scheme = layer.block.formats[name].weights
+        assert scheme is not None
+        with layer.naming(name):
+            solution = gptq_matrix(
+                layer.block.linears[name].weight,
+                factors[name],
+                scheme,
+                settings,
+                cross=sums.cross,
+                alpha=1.0 if alphas is None else alphas[name],
+            )
+        layer.finish(name, solution.quantized)
+        rows[name] = {"tokens": sums.tokens}
+        if solution.damping != settings.damping:
+            rows[name]["note"] = f"damping raised to {solution.damping:g}"
+        if solution.dead:
+            rows[name]["dead_columns"] = solution.dead
+    return rows
 
 
 class Gptq:
@@ -220,7 +232,5 @@ class Gptq:
         settings, layer = Settings.of(recipe), StagedLayer(block)
         rows = {}
         for names in layer.stages:
-            statistics = layer.statistics(names)
-            for name in names:
-                rows[name] = solve(layer, name, statistics[name], settings)
+            rows.update(solve(layer, layer.statistics(names), settings))
         return BlockResult(layer.results, {"linears": rows})

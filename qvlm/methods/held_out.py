@@ -34,6 +34,7 @@ class Best:
     def __init__(self, weight: Tensor, held: Statistics | None) -> None:
         self.errors: dict[str, float] = {}
         self._float, self._held = weight, held
+        self._shift = None if held is None else held.shift(weight)
         self._least = math.inf
         self._winner: QuantizedWeight | None = None
 
@@ -50,7 +51,7 @@ class Best:
             self._winner = candidate
             return
         values = affine.dequantize(candidate)
-        error = stream_error(values, self._float, self._held.hessian, self._held.cross)
+        error = stream_error(values, self._float, self._held.hessian, self._shift)
         self.errors[stage] = error
         if error < self._least:
             self._least, self._winner = error, candidate

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +25,8 @@ from qvlm.hessian import Statistics
 from qvlm.methods.method import Block
 from qvlm.methods.rtn import input_ranges, quantized_linear
 from qvlm.recipe import ActivationScheme
+
+Made = TypeVar("Made")
 
 
 def call_stages(block: Block, index: int, linears: Mapping[str, nn.Module]) -> list[list[str]]:
@@ -93,6 +95,17 @@ class StagedLayer:
             yield
         except CalibrationError as error:
             raise CalibrationError(f"{name}: {error}") from error
+
+    def per_inputs(
+        self, statistics: Mapping[str, Statistics], make: Callable[[Statistics], Made]
+    ) -> dict[str, Made]:
+        """``make`` of every linear's statistics, called once for those that share them; its errors name the linear."""
+        found: dict[int, Made] = {}
+        for name, sums in statistics.items():
+            if id(sums) not in found:
+                with self.naming(name):
+                    found[id(sums)] = make(sums)
+        return {name: found[id(sums)] for name, sums in statistics.items()}
 
     def statistics(
         self,

@@ -237,14 +237,13 @@ class AttentionSolver:
                 )
                 rows[name] = {"temperature": temperature}
         statistics = layer.statistics(names, asymmetric=True, weights=weights, samples=samples)
-        for name in names:
-            alpha = gptaq.tied_alpha(self.settings.alpha, statistics[name])
-            row = gptq.solve(layer, name, statistics[name], self.settings.kernel, alpha)
+        alphas = {n: gptaq.tied_alpha(self.settings.alpha, sums) for n, sums in statistics.items()}
+        for name, row in gptq.solve(layer, statistics, self.settings.kernel, alphas).items():
             effective = statistics[name].effective_tokens
             rows[name] = {
                 **rows.get(name, {}),
                 **row,
-                "alpha": alpha,
+                "alpha": alphas[name],
                 "effective_tokens": effective,
             }
 

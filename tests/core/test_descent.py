@@ -13,7 +13,7 @@ from problems import error, problem
 from qvlm import affine
 from qvlm.affine import QuantizedWeight
 from qvlm.descent import coordinate_optima, descend, refit_scales, target
-from qvlm.hessian import damped
+from qvlm.hessian import damped, factored
 from qvlm.methods.gptq import gptq_matrix
 from qvlm.recipe import WeightScheme
 
@@ -28,7 +28,7 @@ SCHEMES = (
 
 def test_target_is_the_least_squares_solution() -> None:
     weight, f, u, hessian, cross = problem()
-    found = target(weight, hessian, cross, 1.0, 0.0)
+    found = target(weight, factored(hessian, 0.0), weight.double() @ cross, 1.0)
     # The continuous minimiser of |t U' - W F'|, by numpy from the tokens themselves.
     wanted = np.linalg.lstsq(u.numpy(), (f @ weight.double().T).numpy(), rcond=None)[0].T
     # Condition number of H about 1e6 times float64's 1e-16 and a margin of ten.
@@ -37,15 +37,16 @@ def test_target_is_the_least_squares_solution() -> None:
 
 def test_no_drift_or_no_alpha_is_the_weight() -> None:
     weight, _, _, hessian, cross = problem()
-    assert torch.equal(target(weight, hessian, None, 1.0, 0.01), weight.double())
-    assert torch.equal(target(weight, hessian, cross, 0.0, 0.01), weight.double())
-    assert torch.equal(target(weight, hessian, 0 * cross, 1.0, 0.01), weight.double())
+    factors, shift = factored(hessian, 0.01), weight.double() @ cross
+    assert torch.equal(target(weight, factors, None, 1.0), weight.double())
+    assert torch.equal(target(weight, factors, shift, 0.0), weight.double())
+    assert torch.equal(target(weight, factors, 0 * shift, 1.0), weight.double())
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_each_step_lowers_the_error_from_any_start(scheme: WeightScheme) -> None:
     weight, _, _, hessian, cross = problem()
-    wanted = target(weight, hessian, cross, 1.0, 0.01)
+    wanted = target(weight, factored(hessian, 0.01), weight.double() @ cross, 1.0)
     for begin in (
         affine.quantize_weight(weight, scheme),
         gptq_matrix(weight, hessian, scheme).quantized,
@@ -134,6 +135,21 @@ def test_scales_of_an_exact_weight_are_found_again() -> None:
     *_, hessian, _ = problem(columns=32)
     found = refit_scales(QuantizedWeight(integers, true * 1.25), wanted, hessian)
     assert torch.equal(found.scale, true)
+
+
+def test_refitted_scales_are_the_least_squares_solution() -> None:
+    """By numpy from the tokens: one unknown per group, its regressor the group's integers times the inputs."""
+    weight, _, u, hessian, _ = problem(tokens=400)
+    begin = affine.quantize_weight(weight, WeightScheme(4, "group", 16))
+    found = refit_scales(begin, weight.double(), hessian)
+    for row in range(len(weight)):
+        grid = begin.integers[row].double().reshape(3, 16)
+        regressors = torch.stack([u[:, 16 * g : 16 * g + 16] @ grid[g] for g in range(3)], 1)
+        aimed = u @ weight[row].double()
+        wanted, *_ = np.linalg.lstsq(regressors.numpy(), aimed.numpy(), rcond=None)
+        assert np.array_equal(
+            found.scale[row].numpy(), wanted.astype(np.float16).astype(np.float32)
+        )
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -13,7 +13,7 @@ from tiny_blocks import tiny_block, tiny_context, tiny_stream
 
 from qvlm import affine
 from qvlm.descent import descend, target
-from qvlm.hessian import damped, revive_dead, shrunk
+from qvlm.hessian import damped, factored, revive_dead, shrunk
 from qvlm.methods import METHODS, fused, gptq, vlmq
 from qvlm.methods.block_rounding import BlockLoss
 from qvlm.methods.held_out import Best, split
@@ -50,10 +50,10 @@ def test_a_linear_is_its_stages_in_turn(block: Block) -> None:
         assert scheme is not None
         fit = fits[name]
         hessian = shrunk(revive_dead(fit.hessian)[0], 0.3)
-        wanted = target(weight, hessian, fit.cross, 1.0, 0.2)
+        wanted = target(weight, factored(hessian, 0.2), fit.shift(weight), 1.0)
         best = Best(weight, helds[name])
         largest, _ = affine.weight_scales(weight.detach().float(), scheme)
-        importance = column_importance(hessian, "conditional", 0.2)
+        importance = column_importance(factored(hessian, 0.2), "conditional")
         for stage, scale in (("max", largest), ("searched", search_scales(weight, scheme, importance))):  # fmt: skip
             solved = gptq.gptq_matrix(
                 wanted, hessian, scheme, gptq.Settings(damping=0.2), scales=(scale, None)

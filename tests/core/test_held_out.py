@@ -16,7 +16,7 @@ from tiny_blocks import tiny_block, tiny_stream
 
 from qvlm import affine
 from qvlm.descent import descend, stream_error
-from qvlm.hessian import Statistics, damped, shrunk
+from qvlm.hessian import Statistics, damped, factored, shrunk
 from qvlm.methods import METHODS
 from qvlm.methods.gptq import gptq_matrix
 from qvlm.methods.held_out import HELD_OUT_EVERY, Best, split
@@ -49,10 +49,12 @@ def test_stream_error_is_the_output_error_up_to_that_of_the_weight() -> None:
 
     wanted = output_error(values) - output_error(weight)
     # Sums of 300 x 6 products in float64, cancelled to a few per cent of themselves.
-    assert stream_error(values, weight, hessian, cross) == pytest.approx(wanted, rel=1e-9)
+    assert stream_error(values, weight, hessian, weight.double() @ cross) == pytest.approx(
+        wanted, rel=1e-9
+    )
     alone = float((u @ (values - weight).double().T).square().sum())
     assert stream_error(values, weight, hessian, None) == pytest.approx(alone, rel=1e-9)
-    assert stream_error(weight, weight, hessian, cross) == 0.0
+    assert stream_error(weight, weight, hessian, weight.double() @ cross) == 0.0
 
 
 def test_best_keeps_what_helps_the_held_out_samples_only() -> None:
@@ -119,7 +121,9 @@ def test_shrinkage_holds_where_rare_channels_fire_in_other_proportions(bits: int
     errors = {}
     for share in (0.0, 0.05):
         hessian = shrunk(calibration, share)
-        scale = search_scales(weight, scheme, column_importance(hessian, "conditional", 0.01))
+        scale = search_scales(
+            weight, scheme, column_importance(factored(hessian, 0.01), "conditional")
+        )
         begin = gptq_matrix(weight, hessian, scheme, scales=(scale, None)).quantized
         found = descend(begin, weight.double(), damped(hessian, 0.01), bits, 4)
         values = affine.dequantize(found)

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from qvlm import hessian as module
 from qvlm.errors import CalibrationError
-from qvlm.hessian import Statistics, inverse_factor, revive_dead, shrunk
+from qvlm.hessian import Statistics, factored, revive_dead, shrunk
 
 # A float32 product over 37 tokens is off by at most 37 half-units in the last place of the sum of magnitudes.
 PRODUCT = 37 * 2.0**-24
@@ -76,28 +77,58 @@ def test_shrinking_adds_to_each_channel_its_own_share() -> None:
     assert torch.equal(shrunk(scaled, 0.25), found * torch.outer(units, units))
 
 
-def test_factor_is_the_inverse() -> None:
+@pytest.mark.parametrize("act_order", [True, False])
+@pytest.mark.parametrize("solved", [256, 2])
+def test_factors_are_those_of_the_inverse(
+    act_order: bool, solved: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SOLVED", solved)  # 2: inverted by halves
     u = inputs()[0].double()
     hessian = u.T @ u
-    factor, damping = inverse_factor(hessian, 0.01)
+    found = factored(hessian, 0.01, act_order)
     damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(11, dtype=torch.float64)
-    assert damping == 0.01
-    assert torch.equal(factor, factor.triu())
+    assert (found.damping, found.dead) == (0.01, 0)
+    torch.testing.assert_close(found.damped, damped, rtol=2.0**-52, atol=0)
+    energies = hessian.diagonal()[found.order]
+    assert torch.equal(energies, energies.sort(descending=True).values) == act_order
+    assert torch.equal(found.order.sort().values, torch.arange(11))
+    assert all(torch.equal(m, m.triu()) for m in (found.factor, found.upper))
+    inverse = np.linalg.inv(damped.numpy())
     # Backward error of a factorisation: in * eps * condition number (below 1e4 here), in units of the inverse.
-    tolerance = 11 * 2.0**-53 * 1e4 * float(torch.linalg.inv(damped).abs().max())
+    tolerance = 11 * 2.0**-53 * 1e4 * float(np.abs(inverse).max())
+    order = found.order.numpy()
+    for ours, wanted in (
+        ((found.factor.T @ found.factor).numpy(), inverse[order][:, order]),
+        (found.inverse_diagonal().numpy(), inverse.diagonal()),
+        (found.over(torch.eye(11, dtype=torch.float64)).numpy(), inverse),
+    ):
+        np.testing.assert_allclose(ours, wanted, rtol=0, atol=tolerance)
     np.testing.assert_allclose(
-        (factor.T @ factor).numpy(), np.linalg.inv(damped.numpy()), rtol=0, atol=tolerance
+        (found.upper @ found.upper.T).numpy(),
+        damped.numpy()[order][:, order],
+        rtol=0,
+        atol=11 * 2.0**-53 * float(damped.abs().max()),
     )
 
 
 def test_damping_is_raised_before_giving_up() -> None:
     indefinite = torch.diag(torch.tensor([1.0, 1.0, 1.0, -0.05], dtype=torch.float64))
-    assert inverse_factor(indefinite, 0.01)[1] == pytest.approx(0.1, rel=1e-15)
+    assert factored(indefinite, 0.01).damping == pytest.approx(0.1, rel=1e-15)
     indefinite[3, 3] = -0.9
     with pytest.raises(CalibrationError, match=r"even with damping 1\. Give more samples"):
-        inverse_factor(indefinite, 0.01)
+        factored(indefinite, 0.01)
     with pytest.raises(CalibrationError, match="not finite"):
-        inverse_factor(torch.full((2, 2), torch.nan, dtype=torch.float64), 0.01)
+        factored(torch.full((2, 2), torch.nan, dtype=torch.float64), 0.01)
+
+
+def test_what_the_float_stream_asks_of_the_outputs() -> None:
+    u, f = inputs()[:2]
+    sums = Statistics(11, asymmetric=True)
+    sums.add(u, f)
+    assert sums.cross is not None
+    weight = torch.randn(3, 11, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(sums.shift(weight), weight.double() @ sums.cross)  # type: ignore[arg-type]
+    assert Statistics(11).shift(weight) is None
 
 
 def test_dead_columns_get_the_mean_of_the_live_ones() -> None:

@@ -13,6 +13,7 @@ from problems import error, problem
 
 from qvlm import affine
 from qvlm.errors import RecipeError
+from qvlm.hessian import factored
 from qvlm.methods.gptq import gptq_matrix
 from qvlm.recipe import WeightScheme
 from qvlm.scales import FACTORS, column_importance, search_scales
@@ -45,7 +46,7 @@ def test_search_is_the_textbook(scheme: WeightScheme) -> None:
 
 def test_conditional_importance_is_the_schur_complement() -> None:
     *_, hessian, _ = problem(columns=12)
-    found = column_importance(hessian, "conditional", 1e-9)
+    found = column_importance(factored(hessian, 1e-9), "conditional")
     for c in range(12):
         rest = [i for i in range(12) if i != c]
         left = np.linalg.inv(hessian[rest][:, rest].numpy())
@@ -56,7 +57,9 @@ def test_conditional_importance_is_the_schur_complement() -> None:
 
 def test_uncorrelated_inputs_make_both_objectives_one() -> None:
     hessian = torch.diag(torch.rand(24).double() + 0.1)
-    plain, conditional = (column_importance(hessian, o, 1e-12) for o in ("diagonal", "conditional"))
+    plain, conditional = (
+        column_importance(factored(hessian, 1e-12), o) for o in ("diagonal", "conditional")
+    )
     torch.testing.assert_close(plain, conditional, rtol=1e-10, atol=0)
 
 
@@ -87,7 +90,7 @@ def test_beats_the_maximum_before_and_after_gptq_on_held_out_tokens(bits: int) -
 
         largest, _ = affine.weight_scales(weight, scheme)
         diagonal, conditional = (
-            search_scales(weight, scheme, column_importance(hessian, o, 0.01))
+            search_scales(weight, scheme, column_importance(factored(hessian, 0.01), o))
             for o in ("diagonal", "conditional")
         )
         assert swept(conditional) < swept(largest)
@@ -99,4 +102,4 @@ def test_refusals() -> None:
     with pytest.raises(RecipeError, match="expected a symmetric one"):
         search_scales(weight, WeightScheme(4, "group", 16, symmetric=False), torch.ones(16))
     with pytest.raises(RecipeError, match="option scales: 'mse', expected one of conditional"):
-        column_importance(torch.eye(16).double(), "mse", 0.01)
+        column_importance(factored(torch.eye(16).double(), 0.01), "mse")
