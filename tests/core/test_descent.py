@@ -5,6 +5,8 @@ python -m pytest tests/core/test_descent.py
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -150,6 +152,26 @@ def test_refitted_scales_are_the_least_squares_solution() -> None:
         assert np.array_equal(
             found.scale[row].numpy(), wanted.astype(np.float16).astype(np.float32)
         )
+
+
+def test_scales_better_than_the_rounded_solution_are_kept() -> None:
+    """The nearest float16 scales are not always those of least E: where a neighbour is better, a row keeps it."""
+    weight, _, _, hessian, _ = problem(rows=8)
+    begin = affine.quantize_weight(weight, WeightScheme(4, "group", 16))
+    rounded = refit_scales(begin, weight.double(), hessian).scale.half()
+    least = error(QuantizedWeight(begin.integers, rounded.float()), weight.double(), hessian)
+    better = torch.zeros(8, dtype=torch.bool)
+    for ulps in itertools.product((-1, 0, 1), repeat=3):
+        near = (rounded.view(torch.int16) + torch.tensor(ulps, dtype=torch.int16)).view(
+            torch.float16
+        )
+        tried = QuantizedWeight(begin.integers, near.float())
+        cost = error(tried, weight.double(), hessian)
+        found = error(refit_scales(tried, weight.double(), hessian), weight.double(), hessian)
+        # E is a sum of 48 x 48 products of float32 values in float64.
+        assert (found <= torch.minimum(cost, least) * (1 + 1e-9)).all()
+        better |= cost < least * (1 - 1e-9)
+    assert better.any()  # else this test could not fail
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
