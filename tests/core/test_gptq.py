@@ -21,6 +21,7 @@ from qvlm.methods import METHODS
 from qvlm.methods.gptaq import tied_alpha
 from qvlm.methods.gptq import Settings, gptq_matrix
 from qvlm.methods.method import State
+from qvlm.methods.stages import StagedLayer
 from qvlm.recipe import Recipe, WeightScheme, component_recipe
 
 SCHEMES = (
@@ -325,6 +326,25 @@ def test_statistics_see_what_the_quantized_model_sees() -> None:
     expected = gptq_matrix(block.linears[name].weight, sums.hessian, weights).quantized
     assert np.array_equal(found.linears[name].integers, expected.integers.numpy())
     assert found.linears[name].input_scale == scale.numpy()
+
+
+def test_what_linears_share_is_made_once_and_given_to_its_own() -> None:
+    layer = StagedLayer(tiny_block(tiny_stream("text", 2), "w4a16"))
+    one, other = Statistics(4), Statistics(4)
+    made: list[Statistics] = []
+
+    def make(sums: Statistics) -> int:
+        made.append(sums)
+        return len(made)
+
+    assert layer.per_inputs({"q": one, "k": other, "v": one}, make) == {"q": 1, "k": 2, "v": 1}
+    assert made == [one, other]
+
+    def fail(sums: Statistics) -> int:
+        raise CalibrationError("H is not positive definite")
+
+    with pytest.raises(CalibrationError, match="q: H is not positive definite"):
+        layer.per_inputs({"q": one}, fail)
 
 
 def test_gptaq_of_equal_streams_is_gptq_in_the_first_stage() -> None:

@@ -74,6 +74,19 @@ def test_best_keeps_what_helps_the_held_out_samples_only() -> None:
         _ = Best(weight, None).weight
 
 
+def test_best_judges_by_the_float_streams_outputs() -> None:
+    weight, f, u, hessian, cross = problem()
+    candidate = affine.quantize_weight(weight, SCHEME)
+    best = Best(weight, statistics(u.float(), f.float()))
+    best.offer("only", candidate)
+    values = affine.dequantize(candidate)
+    aimed = stream_error(values, weight, hessian, weight.double() @ cross)
+    alone = stream_error(values, weight, hessian, None)
+    # H and D are float32 products of 300 tokens there.
+    assert best.errors["only"] == pytest.approx(aimed, abs=300 * 2.0**-24 * abs(alone))
+    assert abs(aimed - alone) > 0.01 * abs(alone)
+
+
 def test_fused_reports_every_stage_and_a_stage_that_hurts_is_dropped(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
