@@ -75,22 +75,23 @@ def descend(
     pull = difference @ hessian  # (v - t) H, kept up to date
     noise = LEAST_GAIN * (pull * difference).sum(1)
     # By column, as they are read and written.
-    scale, integers = scale.T.contiguous(), start.integers.T.double()
-    diagonal = hessian.diagonal().tolist()
+    scale, integers = scale.T.contiguous(), start.integers.T.contiguous().double()
+    diagonal = hessian.diagonal()[:, None]
     for _ in range(sweeps):
         changed = False
         for first in range(0, len(hessian), COLUMNS):
             last = min(first + COLUMNS, len(hessian))
             here, near = pull[:, first:last].T.contiguous(), hessian[first:last, first:last]
             moves = torch.zeros_like(here)
-            for c in range(first, last):
-                k, s, old = c - first, scale[c], integers[c]
-                g = here[k].addmv_(moves[:k].T, near[k, :k])
-                best = torch.round(old - g / (diagonal[c] * s)).clamp_(qmin, qmax)
-                move = s * (best - old)
-                gains = -(2 * g + diagonal[c] * move) * move > noise
-                moves[k] = torch.where(gains, move, 0.0)
-                integers[c] = torch.where(gains, best, old)
+            steps = -1 / (diagonal[first:last] * scale[first:last])  # integers per unit of pull
+            # A step of n integers gains H_cc s^2 n (2 n' - n), n' the real number of least E.
+            least = noise * steps / -scale[first:last]
+            for k, (s, old) in enumerate(zip(scale[first:last], integers[first:last], strict=True)):
+                real = here[k].addmv_(moves[:k].T, near[k, :k]).mul_(steps[k])
+                step = (old + real).round_().clamp_(qmin, qmax).sub_(old)
+                step *= (real - step).add_(real).mul_(step) > least[k]
+                old += step
+                torch.mul(step, s, out=moves[k])
             if bool(moves.any()):
                 changed = True
                 # Behind a start that was swept one integer in a hundred moves, fewer in every round.
