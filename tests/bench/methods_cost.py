@@ -15,7 +15,6 @@ Run: python tests/bench/methods_cost.py [--methods gptq ...] [--shapes demo 1b] 
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import time
 from pathlib import Path
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from qvlm.capture import Sample
+from qvlm.checkpoint import dump_json
 from qvlm.data import calibration
 from qvlm.methods import METHODS, Context
 from qvlm.models import ADAPTERS
@@ -92,33 +92,50 @@ def cost(model: nn.Module, samples: list[Sample], method: str, format_: str) -> 
     return {"seconds": seconds, "clock_seconds": clock, "peak_mb": peak.megabytes}
 
 
-def measure(shape: str, args: argparse.Namespace) -> list[Json]:
+Runs = dict[tuple[str, str], list[Json]]
+
+
+def measure(runs: Runs, shape: str, args: argparse.Namespace) -> None:
+    """Adds the runs on one shape; what is known so far is written after each."""
     build = demo(args.samples) if shape == "demo" else one_billion(args.layers, args.samples)
     model, samples = build
-    scale = LAYERS_1B / args.layers if shape == "1b" else 1.0
-    runs: dict[str, list[Json]] = {method: [] for method in dict.fromkeys((BASE, *args.methods))}
     for _ in range(args.repeats):
-        for method, found in runs.items():
-            found.append(cost(model, samples, method, args.format))
-            print(f"{shape} {method}: {found[-1]['seconds']:.1f} s", flush=True)
+        for method in dict.fromkeys((BASE, *args.methods)):
+            found = cost(model, samples, method, args.format)
+            runs.setdefault((shape, method), []).append(found)
+            print(f"{shape} {method}: {found['seconds']:.1f} s", flush=True)
+            if args.json:
+                write(runs, args)
+
+
+def rows_of(runs: Runs, layers: int) -> list[Json]:
+    """A row per shape and method, the fastest of its runs."""
     rows: list[Json] = []
-    for method, found in runs.items():
+    for (shape, method), found in runs.items():
+        scale = LAYERS_1B / layers if shape == "1b" else 1.0
         peaks = [run["peak_mb"] for run in found if run["peak_mb"] is not None]
-        rows.append(
-            {
-                "shape": shape,
-                "method": method,
-                "seconds": scale * min(run["seconds"] for run in found),
-                "measured_seconds": [run["seconds"] for run in found],
-                "clock_seconds": [run["clock_seconds"] for run in found],
-                "peak_mb": min(peaks) if peaks else None,
-            }
-        )
-    for row in rows:
-        row["times_gptq"] = row["seconds"] / rows[0]["seconds"]
-        known = row["peak_mb"] and rows[0]["peak_mb"]
-        row["memory_times_gptq"] = row["peak_mb"] / rows[0]["peak_mb"] if known else None
+        row: Json = {
+            "shape": shape,
+            "method": method,
+            "seconds": scale * min(run["seconds"] for run in found),
+            "measured_seconds": [run["seconds"] for run in found],
+            "clock_seconds": [run["clock_seconds"] for run in found],
+            "peak_mb": min(peaks) if peaks else None,
+        }
+        base = row if method == BASE else next(r for r in rows if r["shape"] == shape)
+        row["times_gptq"] = row["seconds"] / base["seconds"]
+        known = row["peak_mb"] and base["peak_mb"]
+        row["memory_times_gptq"] = row["peak_mb"] / base["peak_mb"] if known else None
+        rows.append(row)
     return rows
+
+
+def write(runs: Runs, args: argparse.Namespace) -> None:
+    settings = {k: v for k, v in vars(args).items() if k != "json"}
+    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine["threads"] = torch.get_num_threads()
+    result = {"settings": settings, "machine": machine, "rows": rows_of(runs, args.layers)}
+    dump_json(args.json, result)
 
 
 def main() -> None:
@@ -129,22 +146,18 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=2, help="of the 1B shape's 22 that are run")
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, help="written after every run")
     args = parser.parse_args()
-    rows = [row for shape in args.shapes for row in measure(shape, args)]
+    runs: Runs = {}
+    for shape in args.shapes:
+        measure(runs, shape, args)
     print(f"{'shape':6} {'method':24} {'seconds':>9} {'x gptq':>7} {'peak MB':>8} {'x gptq':>7}")
-    for row in rows:
+    for row in rows_of(runs, args.layers):
         peak, ratio = row["peak_mb"], row["memory_times_gptq"]
         memory = f"{peak:8.0f} {ratio:7.2f}" if ratio is not None else f"{'-':>8} {'-':>7}"
         print(
             f"{row['shape']:6} {row['method']:24} {row['seconds']:9.1f} {row['times_gptq']:7.2f} {memory}"
         )
-    if args.json:
-        settings = {k: v for k, v in vars(args).items() if k != "json"}
-        machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
-        threads = torch.get_num_threads()
-        result = {"settings": settings, "machine": {**machine, "threads": threads}, "rows": rows}
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
