@@ -132,7 +132,7 @@ def rows_of(runs: Runs, layers: int) -> list[Json]:
 
 def write(runs: Runs, args: argparse.Namespace) -> None:
     settings = {k: v for k, v in vars(args).items() if k != "json"}
-    machine = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
+    machine: Json = {"cpu": platform.processor() or platform.machine(), "torch": torch.__version__}
     machine["threads"] = torch.get_num_threads()
     result = {"settings": settings, "machine": machine, "rows": rows_of(runs, args.layers)}
     dump_json(args.json, result)
