@@ -14,8 +14,9 @@ With --whole the formats are those of `qvlm compare` (recipes, their files, numb
 embeddings as they say, bits of the whole model in each row, no peers.
 
 Run: python tests/bench/accuracy_peers.py --work DIR [--formats w4a16 ...] [--peers ...] [--methods ...] [--draws 3]
-Rows are kept in DIR/rows.json; an interrupted run continues. Needs PyPI for the environments. pip must find a CPU
-build of torch first (PIP_EXTRA_INDEX_URL or a local wheel), else it downloads CUDA's.
+Rows are kept in DIR/rows.json; an interrupted run continues. What a peer wrote stays in DIR/out: without rows.json it
+is measured again (on other questions, say: --eval-seed) and not made again. Needs PyPI for the environments. pip must
+find a CPU build of torch first (PIP_EXTRA_INDEX_URL or a local wheel), else it downloads CUDA's.
 """
 
 from __future__ import annotations
@@ -114,11 +115,22 @@ class PeerFailed(Exception):
 def run_peer(
     work: Path, peer: str, preset: str, format_: str, model: Path, samples: Path
 ) -> tuple[dict[str, Tensor], Json]:
-    """The decoder's tensors as the peer left them, and its report."""
+    """The decoder's tensors as the peer left them, and its report; those of an earlier run if they are there."""
     from safetensors.torch import load_file
 
     out = work / "out" / f"{peer}-{preset}-{format_}-{samples.stem}"
     out.parent.mkdir(exist_ok=True)
+    # The worker writes its report last.
+    if not out.with_name(out.name + ".json").exists():
+        work_on(work, peer, preset, format_, model, samples, out)
+    report: Json = json.loads(out.with_name(out.name + ".json").read_text(encoding="utf-8"))
+    return load_file(out.with_name(out.name + ".safetensors")), report
+
+
+def work_on(
+    work: Path, peer: str, preset: str, format_: str, model: Path, samples: Path, out: Path
+) -> None:
+    """Runs the worker; PeerFailed with the last line it printed."""
     command = [str(environment(work, peer)), str(WORKER), peer, preset, format_]
     command += [str(model), str(samples), str(out)]
     variables = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -130,8 +142,6 @@ def run_peer(
         lines = [line for line in log.read().splitlines() if line.strip()]
     if done.returncode:
         raise PeerFailed((lines or [f"exit {done.returncode}"])[-1][:300])
-    report: Json = json.loads(out.with_name(out.name + ".json").read_text(encoding="utf-8"))
-    return load_file(out.with_name(out.name + ".safetensors")), report
 
 
 class Scaled(nn.Module):
@@ -213,7 +223,7 @@ def prepare(
     built = [build_samples(loaded, source.adapter, draw) for draw in drawn]
     files = []
     for seed, group in zip(seeds, built, strict=True):
-        path = work / f"samples-{samples}-{seed}.pt"
+        path = work / f"{Path(source_name).name}-{samples}-{seed}.pt"
         inputs = [s.model_inputs() for s in group]
         torch.save([{**i, "attention_mask": torch.ones_like(i["input_ids"])} for i in inputs], path)
         files.append(path)
@@ -267,8 +277,9 @@ def main() -> None:
     parser.add_argument("--methods", nargs="*", default=list(METHODS))
     parser.add_argument("--samples", type=int, default=64)
     parser.add_argument("--draws", type=int, default=3)
-    parser.add_argument("--seed", type=int, default=0, help="of the questions and the first draw")
+    parser.add_argument("--seed", type=int, default=0, help="of the first draw and the questions")
     parser.add_argument("--eval-samples", type=int, default=400)
+    parser.add_argument("--eval-seed", type=int, help="of the questions, if not --seed")
     parser.add_argument("--whole", action="store_true", help="the whole model; see above")
     parser.add_argument("--json", type=Path, help="write the table here")
     args = parser.parse_args()
@@ -276,13 +287,14 @@ def main() -> None:
         args.peers = []
     args.work = args.work.resolve()
     args.work.mkdir(parents=True, exist_ok=True)
+    asked_seed = args.seed if args.eval_seed is None else args.eval_seed
     identity = {
         "source": args.source, "samples": args.samples, "questions": args.eval_samples,
-        "seed": args.seed, **({"whole": True} if args.whole else {}),
+        "seed": args.seed, "eval_seed": asked_seed, **({"whole": True} if args.whole else {}),
     }  # fmt: skip
     results = Results(args.work / "rows.json", identity)
     seeds = range(args.seed, args.seed + args.draws)
-    bench = prepare(args.work, args.source, args.samples, seeds, args.eval_samples, args.seed)
+    bench = prepare(args.work, args.source, args.samples, seeds, args.eval_samples, asked_seed)
     key = {"by": "float", "method": "float", "format": "float", "draw": 0}
     if results.find(key) is None:
         results.add({**key, **bench.judge.measure(bench.model), "seconds": 0.0})
