@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -49,12 +50,14 @@ def describe(block: Block, linears: Mapping[str, QuantizedLinear], recipe: Recip
 def _nearest(block: Block, recipe: Recipe) -> dict[str, QuantizedLinear]:
     """Round to nearest, layer by layer, as the method ``rtn`` does it."""
     found: dict[str, QuantizedLinear] = {}
+    # The options are the method's; rtn has one of the same name ("scales").
+    plain = replace(recipe, method="rtn", options={})
     hidden = block.quant_inputs
     for index in range(block.start, block.stop):
         linears = block.layer_linears(index)
         formats = {name: block.formats[name] for name in linears}
         layer = Block(block.stream, index, index + 1, linears, formats, hidden, hidden)
-        found.update(RoundToNearest().quantize_block(layer, recipe, {}).linears)
+        found.update(RoundToNearest().quantize_block(layer, plain, {}).linears)
         if index + 1 < block.stop:
             with _simulated(layer, {name: found[name] for name in linears}):
                 hidden = [layer.run(state, sample) for sample, state in enumerate(hidden)]

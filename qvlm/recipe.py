@@ -242,7 +242,7 @@ def component_recipe(
     return Recipe(rules, **kwargs)
 
 
-# Name -> recipe without method. Vision and projector stay at INT8: vision below 8 bits costs most.
+# Name -> recipe without method. Vision and projector stay at INT8, which a product of integers takes on every target.
 RECIPES: dict[str, Recipe] = {
     "float": component_recipe("float", "float", "float"),
     "w4a16": component_recipe("w4a16", "w8a8", "w8a8"),

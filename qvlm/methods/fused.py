@@ -25,7 +25,8 @@ demo that was one token in a hundred, in the first layer, and an answer each.
 
 Token weights in H, D and the loss (``weights``) are off by default ("uniform"). "curvature": how much the answers move
 with each token of each linear's output (``curvature``), to the power ``temper``. "modality": image and text tokens
-weigh the same in total. "vlmq": ``methods.vlmq``'s factors for the attention's linears.
+weigh the same in total. "vlmq": ``methods.vlmq``'s factors for the attention's linears, in H and D only: q, k, v and o
+have factors of their own, so there is no one weight of a token for the output of a block.
 
 What each stage is worth stands in README (three draws, four and three bits): most the rotation and the searched scales;
 shrinkage guards against single draws that lose; descent pays at three bits, joint rounding at three and fewer, at four

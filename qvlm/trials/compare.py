@@ -32,6 +32,7 @@ from typing import Any
 import torch
 from torch import nn
 
+import qvlm
 from qvlm.capture import Sample
 from qvlm.data import Question
 from qvlm.errors import RecipeError
@@ -187,19 +188,23 @@ def compare(case: Case, wanted: Mapping[str, Mapping[str, Recipe]]) -> Outcome:
 
 def _base_digest(case: Case) -> str:
     """Of what every row depends on: weights, questions, this package."""
-    package = Path(__file__).parent
-    code = {
-        str(path.relative_to(package)): digest(path.read_text(encoding="utf-8"))
-        for path in sorted(package.rglob("*.py"))
-    }
     shards = [case.source.directory / shard for shard in case.source.shards]
     weights = [[path.name, path.stat().st_size, digest(read_header(path))] for path in shards]
     changed = [path.stat().st_mtime_ns for path in shards]
     asked = [[q.task, q.answer, q.also, q.options] for q in case.questions]
     return digest(
-        code, torch.__version__, case.source.config, weights, changed, asked,
+        _source_digests(), torch.__version__, case.source.config, weights, changed, asked,
         case.score is None, _samples_digest(case.samples),
     )  # fmt: skip
+
+
+def _source_digests() -> dict[str, str]:
+    """Of every file of the package ``qvlm``, by its path in it: methods, and the defaults of their options."""
+    package = Path(qvlm.__file__).parent
+    return {
+        path.relative_to(package).as_posix(): digest(path.read_text(encoding="utf-8"))
+        for path in sorted(package.rglob("*.py"))
+    }
 
 
 def _samples_digest(samples: Sequence[Sample]) -> str:

@@ -6,6 +6,7 @@ Run: python -m pytest tests/core/test_block_report.py -q
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -92,6 +93,16 @@ def test_ranges_name_the_outlier_channel() -> None:
     tower = describe(job.block("vision", 0, 1, vision, vision), {}, job.context.recipe)
     assert "text" not in tower["errors"]["final"]
     assert all("image" in row and "text" not in row for row in tower["ranges"])
+
+
+def test_nearest_does_not_take_the_methods_options() -> None:
+    """gptq's "scales" is no option of the round to nearest that stands beside it."""
+    plain = RECIPES["w4a16"]
+    job = begun(plain)
+    stream = job.streams["text"]
+    block = job.block("text", 0, 1, stream.inputs, stream.inputs)
+    searched = replace(plain, method="gptq", options={"scales": "search"})
+    assert describe(block, {}, searched) == describe(block, {}, plain)
 
 
 def test_nearest_of_a_long_block_is_rtn_layer_by_layer() -> None:

@@ -141,6 +141,13 @@ def test_rows_and_resume(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(runs) == 3
     compare.compare(replace(case, draws=case.draws[::-1]), wanted)
     assert len(runs) == 7
+    # Rows of another version of a method are not found.
+    sources = compare._source_digests()
+    assert {"affine.py", "recipe.py", "methods/fused.py", "trials/judge.py"} <= sources.keys()
+    changed = {**sources, "methods/rtn.py": "changed"}
+    monkeypatch.setattr(compare, "_source_digests", lambda: changed)
+    compare.compare(case, decoder_only("rtn"))
+    assert len(runs) == 9
     other = replace(case, questions=[replace(q, task="c") for q in QUESTIONS])
     assert set(compare.compare(other, {}).rows[0]["per_task"]) == {"c"}
 

@@ -16,10 +16,10 @@ from tiny_blocks import tiny_block, tiny_stream
 from qvlm import importance
 from qvlm.affine import dequantize, quantize_weight
 from qvlm.errors import RecipeError
-from qvlm.fakequant import substituted
+from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.hessian import Statistics
 from qvlm.importance import Attention
-from qvlm.methods import METHODS, vlmq
+from qvlm.methods import METHODS, gptq, vlmq
 from qvlm.methods.gptq import gptq_matrix
 from qvlm.methods.method import Block, State
 from qvlm.methods.stages import StagedLayer
@@ -242,6 +242,107 @@ def test_factors_differ_between_projections_and_move_integers(text_block: Block)
     for key in "qkvo":
         name = f"{text_block.names[0]}.self_attn.{key}_proj"
         assert not np.array_equal(weighted.linears[name].integers, plain.linears[name].integers)
+
+
+def own_weights(block: Block, attention: Attention) -> dict[str, list[torch.Tensor]]:
+    """Factors of q, k and v by autograd of the loss as it is written, one projection at a time, as weights of p = 2."""
+    found: dict[str, list[torch.Tensor]] = {name: [] for name in attention.inputs}
+    for sample in range(len(block.quant_inputs)):
+        _, target = outputs(block, attention, sample)
+        for name in attention.inputs:
+            linear, leaves = block.linears[name], list[torch.Tensor]()
+
+            def run(x: torch.Tensor, linear: Any = linear, leaves: Any = leaves) -> torch.Tensor:
+                z = torch.nn.functional.linear(x, linear.weight, linear.bias)
+                leaves.append(z.detach().requires_grad_())
+                return leaves[0]
+
+            with torch.enable_grad(), substituted(block.linears, {name: run}):
+                hidden = block.quant_inputs[sample]
+                output = importance.attention_output(
+                    block.stream, block.start, attention, hidden, sample
+                )
+                gradient = torch.autograd.grad((output - target).square().sum(), leaves[0])[0]
+            g = importance.relative(gradient.abs().mean(-1).reshape(-1))
+            found[name].append(g.pow(2))
+    return found
+
+
+@pytest.mark.parametrize("method", ["vlmq", "fused"])
+def test_each_projection_is_solved_with_its_own_factors(
+    text_block: Block, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """q, k and v: GPTAQ on H and D weighted by the factors of that projection, not of another one's."""
+    monkeypatch.setattr(importance, "TOKENS_PER_CHANNEL", 0.01)
+    block, attention = text_block, attention_of(text_block)
+    weights, settings = own_weights(block, attention), gptq.Settings()
+    if method == "vlmq":
+        found = quantized(block, "vlmq", candidates=["token"], exponent=2, alpha=0.5)
+    else:  # its exponent is 1; all else that it adds is off
+        weights = {name: [c.sqrt() for c in found] for name, found in weights.items()}
+        off = {"scales": "max", "sweeps": 0, "shrinkage": 0.0, "solver": "none"}
+        settings, state = gptq.Settings(scales="max"), {"partition": np.array([[0, 1]])}
+        plan = recipe("fused", weights="vlmq", start="gptaq", alpha=0.5, **off)
+        found = METHODS["fused"].quantize_block(block, plan, state)
+    for name in attention.inputs:
+        linear = block.linears[name]
+        solved = {}
+        for source in attention.inputs:
+            sums = StagedLayer(block).statistics(
+                [name], asymmetric=True, weights={name: weights[source]}
+            )[name]
+            solved[source] = gptq_matrix(
+                linear.weight,
+                sums.hessian,
+                WeightScheme(3, "group", 128),
+                settings,
+                cross=sums.cross,
+                alpha=0.5,
+            ).quantized
+        assert np.array_equal(found.linears[name].integers, solved[name].integers.numpy()), name
+        others = [q.integers for source, q in solved.items() if source != name]
+        assert not any(torch.equal(solved[name].integers, other) for other in others)
+
+
+def test_beats_round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method itself, weights on: the float block's output from the quantized stream, on samples it has not seen."""
+    monkeypatch.setattr(importance, "TOKENS_PER_CHANNEL", 0.1)
+    whole = tiny_block(tiny_stream("text", 12), "w3a16", error=0.1)
+    seen = replace(whole, float_inputs=whole.float_inputs[:8], quant_inputs=whole.quant_inputs[:8])
+    errors = {}
+    for method, options in (("rtn", {}), ("vlmq", {"candidates": ["token"]})):
+        found = quantized(seen, method, **options)
+        functions = {
+            name: FakeQuantLinear.from_quantized(q, whole.linears[name].bias).forward
+            for name, q in found.linears.items()
+        }
+        with torch.no_grad():
+            wanted = [whole.run(whole.float_inputs[i], i) for i in range(8, 12)]
+            with substituted(whole.linears, functions):
+                got = [whole.run(whole.quant_inputs[i], i) for i in range(8, 12)]
+        errors[method] = sum(
+            float((g - w).double().square().sum()) for g, w in zip(got, wanted, strict=True)
+        )
+    assert errors["vlmq"] < errors["rtn"]
+
+
+def test_a_stream_that_differs_by_rounding_weighs_all_tokens_alike() -> None:
+    """Deviations of a few ulps have a pattern over tokens, and it means nothing."""
+    exact = tiny_block(tiny_stream("text", 3), "w3a16")
+    generator = torch.Generator().manual_seed(0)
+
+    def moved(share: float) -> Block:
+        inputs = [
+            h * (1 + share * torch.randn(h.shape, generator=generator)) for h in exact.float_inputs
+        ]
+        return replace(exact, quant_inputs=inputs)
+
+    attention, settings = attention_of(exact), vlmq.Settings.of(recipe("vlmq"))
+    for share, even in ((2.0**-23, True), (2.0**-8, False)):
+        solver = vlmq.AttentionSolver(StagedLayer(moved(share)), attention, settings)
+        every = {**solver.factors, attention.output: solver._output_factors(solver.layer)}
+        for factors in every.values():
+            assert all(torch.equal(g, torch.ones_like(g)) == even for g in factors)
 
 
 def test_relative_factors() -> None:

@@ -159,6 +159,23 @@ def test_marks_are_what_was_recorded(report: Report) -> None:
     assert "17 (50)" in text and "3 (1.5)" not in text
 
 
+def test_the_partition_says_what_was_searched() -> None:
+    """fused records a partition also where no block was rounded jointly."""
+
+    def caption(*decoder: dict[str, Any]) -> str:
+        first, second = METHOD["components"]["text"]
+        rows = [{**first, **decoder[0]}, {**second, **decoder[1]}]
+        sections = method_sections({"components": {"text": rows}})
+        return next(part for part in sections if "Below: mutual dependency" in part)
+
+    alone: dict[str, Any] = {"linears": {}}
+    joint = {**alone, "solver": {"note": ""}}
+    assert "Layers on one band were searched together.</p>" in caption({}, {})
+    assert "Layers on one band were searched together.</p>" in caption(joint, joint)
+    assert "searched together in 1 of 2 blocks" in caption(alone, joint)
+    assert "No joint search ran" in caption(alone, alone)
+
+
 def test_a_method_that_recorded_nothing_leaves_the_drawings_out(report: Report) -> None:
     assert method_sections({"name": "rtn", "components": {}}) == []
     page = to_html(replace(report, method={}, comparison=()))

@@ -29,7 +29,7 @@ def method_sections(method: Json) -> list[str]:
         parts += [
             "<h2>Dependency of decoder layers and the block partition</h2>",
             '<p class="sub">Above: entropy of what enters each layer. Below: mutual dependency of neighbours. '
-            "Layers on one band were searched together.</p>",
+            f"{_bands([row for c, row in rows if c == 'text'])}</p>",
             _dependency(found),
         ]
     measured = [(c, row) for c, row in rows if "measured" in row]
@@ -48,6 +48,16 @@ def method_sections(method: Json) -> list[str]:
             _outlier_table(measured),
         ]
     return parts
+
+
+def _bands(decoder: Sequence[Json]) -> str:
+    """What was done with the blocks: ``fused`` partitions the decoder also where its bits ask for no joint rounding."""
+    searched = sum("solver" in row or "linears" not in row for row in decoder)
+    if not searched:
+        return "Bands: the partition. No joint search ran on it: each layer was solved alone."
+    if searched < len(decoder):
+        return f"Layers on one band were searched together in {searched} of {len(decoder)} blocks."
+    return "Layers on one band were searched together."
 
 
 def _partition(row: Json) -> list[tuple[int, int]]:
