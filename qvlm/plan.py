@@ -71,12 +71,14 @@ class Plan:
 
 
 def check_method(recipe: Recipe) -> None:
-    """RecipeError for an unknown method, an option it does not have, or a value that makes no sense."""
+    """RecipeError for an unknown method or transform, an option they do not have, or a value that makes no sense."""
     if recipe.method not in METHODS:
         raise RecipeError(f"method {recipe.method!r} is unknown. Known: {', '.join(METHODS)}.")
     known = dict(METHODS[recipe.method].options)
     for name in transform.chosen(recipe):
-        known.update(TRANSFORMS[name].options if name in TRANSFORMS else {})
+        if name not in TRANSFORMS:
+            raise RecipeError(f"transform {name!r} is unknown. Known: {', '.join(TRANSFORMS)}.")
+        known.update(TRANSFORMS[name].options)
     if unknown := sorted(set(recipe.options) - set(known)):
         names = ", ".join(sorted(known)) or "none"
         raise RecipeError(

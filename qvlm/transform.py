@@ -49,11 +49,9 @@ def fitted(recipe: Recipe, imported: Collection[str]) -> Recipe:
 
 
 def check(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
-    """RecipeError for an unknown or repeated transform, or one that this model or these options do not allow."""
+    """RecipeError for a repeated transform, or one that this model or these options do not allow."""
     names = chosen(recipe)
     for name in names:
-        if name not in TRANSFORMS:
-            raise RecipeError(f"transform {name!r} is unknown. Known: {', '.join(TRANSFORMS)}.")
         if names.count(name) > 1:
             raise RecipeError(f"transform {name!r} is given twice. Give it once.")
     for name in names:

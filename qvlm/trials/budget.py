@@ -44,10 +44,10 @@ class Budget:
 
 
 def parse_bytes(text: str) -> int:
-    """ "900MB", "1.5GB" or plain bytes; ValueError otherwise (argparse prints it)."""
+    """ "900MB", "1.5GB" or plain bytes; ArgumentTypeError otherwise, which argparse prints."""
     found = _SIZE.match(text)
     if found is None:
-        raise ValueError(text)
+        raise argparse.ArgumentTypeError(f"{text!r}, expected bytes as in 900MB or 1.5GB")
     return int(float(found[1]) * _BYTES[found[2]])
 
 

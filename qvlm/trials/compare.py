@@ -99,6 +99,9 @@ def parse_format(name: str) -> Recipe:
     """The recipe a format stands for (see above); RecipeError for an unknown name."""
     if name in FORMATS and name not in RECIPES:
         return component_recipe(name, "w8a8", "w8a8")
+    if name not in RECIPES and not Path(name).is_file():
+        known = ", ".join(dict.fromkeys((*RECIPES, *FORMATS)))
+        raise RecipeError(f"format {name!r}: neither known ({known}) nor a recipe file")
     return load_recipe(name)
 
 

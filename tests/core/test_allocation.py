@@ -6,6 +6,7 @@ Run: python -m pytest tests/core/test_allocation.py -q
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from fnmatch import fnmatchcase
 from itertools import product
 
@@ -206,5 +207,5 @@ def test_parse_bytes(text: str, expected: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "MB", "-3", "4 GiB", "many"])
 def test_parse_bytes_refuses(text: str) -> None:
-    with pytest.raises(ValueError):
+    with pytest.raises(ArgumentTypeError, match="expected bytes as in 900MB"):
         parse_bytes(text)

@@ -65,8 +65,12 @@ def test_a_format_is_a_recipe_or_the_decoders_number_format() -> None:
         part: three.format_of(part, "x").name for part in ("text", "vision", "projector", "head")
     }
     assert found == {"text": "w3a16", "vision": "w8a8", "projector": "w8a8", "head": "float"}
-    with pytest.raises(RecipeError, match="neither a known name"):
+    with pytest.raises(RecipeError, match=r"neither known .*w8a8-split.*w3a16"):
         parse_format("w5a5")
+    with pytest.raises(
+        RecipeError, match="transform 'spin' is unknown"
+    ):  # before anything is loaded
+        recipes(["w4a16"], ["spin+gptq"])
     (rotated,) = recipes(["w4a16"], ["rotate+gptq:damping=0.02"])["w4a16"].values()
     assert (rotated.method, rotated.transforms) == ("gptq", ("rotate",))
     assert rotated.options == {"damping": 0.02}

@@ -21,6 +21,8 @@ from qvlm.trials.job import quantized
 # One layer of the decoder, and the tower for the method that trains on it.
 RULES = {
     "q-vlm": (LayerRule("text.*layers.0.*", named_format("w4a16")), LayerRule("vision.*", named_format("w8a8"))),
+    # Few enough bits for the joint rounding, which draws samples.
+    "fused": (LayerRule("text.*layers.0.*", named_format("w3a16")),),
 }  # fmt: skip
 # What shortens a method without taking a stage from it.
 SHORT: dict[str, dict[str, Any]] = {
