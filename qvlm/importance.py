@@ -8,6 +8,9 @@ hidden states on the float stream and U those on the quantized stream,
 for each projection output Z of the attention, n a token. One backward pass through the attention gives q, k and v.
 For the output projection no backward pass is needed: Attn(U) = U + Z_o, so dL/dZ_o = 2 (Attn(U) - Attn(F)) exactly.
 
+The same of a whole layer (scope "layer"): L = | Layer(F) - Layer(U) |^2. Its MLP reads Attn(U), so the output
+projection takes a backward pass too.
+
 Nothing here quantizes; the caller decides which linears are already replaced.
 """
 
@@ -91,6 +94,15 @@ def attention_output(
     raise RuntimeError(f"{stream.names[index]}: the layer did not call its attention")
 
 
+def scope_output(
+    stream: Stream, index: int, attention: Attention, scope: str, hidden: Tensor, sample: int
+) -> Tensor:
+    """What L compares: Attn(X) for scope "attention", the layer's output [batch, tokens, hidden] for "layer"."""
+    if scope == "layer":
+        return stream.forward(index, hidden, sample)
+    return attention_output(stream, index, attention, hidden, sample)
+
+
 def output_importance(output: Tensor, target: Tensor) -> Tensor:
     """g [tokens] of the output projection from Attn(U) and Attn(F): the closed form, no backward pass."""
     return (2 * (output - target)).abs().mean(-1).reshape(-1)
@@ -104,11 +116,12 @@ def input_importance(
     hidden: Tensor,
     target: Tensor,
     sample: int,
+    scope: str = "attention",
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """g [tokens] by name of q, k and v from one backward pass, and Attn(U) itself.
+    """g [tokens] by name of some projections from one backward pass, and what L compares on the quantized stream.
 
     linears: the projections wanted; their outputs are the leaves of the graph, so nothing before them is
-    differentiated. target: Attn(F).
+    differentiated. target: the same on the float stream.
     """
     leaves: dict[str, Tensor] = {}
 
@@ -123,7 +136,7 @@ def input_importance(
 
     functions = {name: projection(name, linear) for name, linear in linears.items()}
     with torch.enable_grad(), substituted(linears, functions):
-        output = attention_output(stream, index, attention, hidden.detach(), sample)
+        output = scope_output(stream, index, attention, scope, hidden.detach(), sample)
         loss = (output - target).square().sum()
         gradients = torch.autograd.grad(loss, [leaves[name] for name in linears])
     found = {

@@ -16,6 +16,8 @@ v, o of a layer, with F and U its inputs on the float and the quantized stream [
 4. The attention again with those three quantized: g of o is the mean |2 (Attn(U) - Attn(F))| of the token. Steps 2
    and 3 for o.
 5. The linears outside the attention: plain GPTAQ on the stream as it now is.
+   Option ``scope`` "layer": steps 1 and 4 with the whole layer's output in the place of Attn, one more backward pass
+   for o.
 6. Keep the best: steps 1 to 4 with every rule of ``candidates`` on nine tenths of the samples, the attention's error
    on the rest decides, the winner is solved once more on all samples. "uniform" is GPTAQ itself, "token" is g^p,
    "blend" (1 + g^p) / 2, "modality" gives image and text tokens the same total weight.
@@ -41,17 +43,19 @@ from torch import Tensor, nn
 
 from qvlm import importance
 from qvlm.errors import RecipeError
-from qvlm.importance import Attention, attention_output
+from qvlm.importance import Attention
 from qvlm.methods import gptaq, gptq
 from qvlm.methods.method import Block, BlockResult, State
 from qvlm.methods.stages import StagedLayer, call_stages
 from qvlm.models.adapter import linears_below
 from qvlm.recipe import Recipe
 
+SCOPES = ("attention", "layer")
 RULES = ("uniform", "token", "blend", "modality")
 OPTIONS: Mapping[str, Any] = {
     **gptaq.OPTIONS,
     "exponent": 1,  # p: 1 or 2
+    "scope": "attention",  # what the importance looks at: attention, layer
     "candidates": ["uniform", "token", "blend"],
 }
 # One sample in so many is held out to choose among candidates.
@@ -66,6 +70,7 @@ class Settings:
     alpha: str | float
     exponent: int
     candidates: tuple[str, ...]
+    scope: str = "attention"
 
     @staticmethod
     def of(recipe: Recipe) -> Settings:
@@ -74,6 +79,10 @@ class Settings:
         candidates = options["candidates"]
         if options["exponent"] not in (1, 2):
             raise RecipeError(f"option exponent: {options['exponent']!r}, expected 1 or 2")
+        if options["scope"] not in SCOPES:
+            raise RecipeError(
+                f"option scope: {options['scope']!r}, expected one of {', '.join(SCOPES)}"
+            )
         if not candidates or isinstance(candidates, str) or set(candidates) - set(RULES):
             raise RecipeError(
                 f"option candidates: {candidates!r}, expected a list out of {', '.join(RULES)}"
@@ -83,6 +92,7 @@ class Settings:
             gptaq.check_alpha(recipe),
             int(options["exponent"]),
             tuple(candidates),
+            options["scope"],
         )
 
 
@@ -135,21 +145,36 @@ class AttentionSolver:
         self.inputs = [name for name in attention.inputs if name in block.linears]
         with torch.no_grad():
             self.targets = [
-                attention_output(block.stream, layer.index, attention, hidden, i)
-                for i, hidden in enumerate(block.float_inputs)
+                self._output(layer, hidden, i) for i, hidden in enumerate(block.float_inputs)
             ]
         self.factors = self._input_factors()
 
+    def _output(self, layer: StagedLayer, hidden: Tensor, sample: int) -> Tensor:
+        """Attn(X), or the layer's output, as ``scope`` says."""
+        stream, scope = layer.block.stream, self.settings.scope
+        return importance.scope_output(stream, layer.index, self.attention, scope, hidden, sample)
+
     def _input_factors(self) -> dict[str, list[Tensor]]:
         """Step 1: relative factors [tokens] of q, k and v for every sample."""
-        block, layer = self.layer.block, self.layer
-        linears = {name: block.linears[name] for name in self.inputs}
+        return self._gradients(self.layer, self.inputs)
+
+    def _gradients(self, layer: StagedLayer, names: Sequence[str]) -> dict[str, list[Tensor]]:
+        """Relative factors [tokens] of linears of the attention, by one backward pass a sample."""
+        block, scope = layer.block, self.settings.scope
+        linears = {name: block.linears[name] for name in names}
         found: dict[str, list[Tensor]] = {name: [] for name in linears}
         if not linears:
             return found
         for i, hidden in enumerate(block.quant_inputs):
             g, output = importance.input_importance(
-                block.stream, layer.index, self.attention, linears, hidden, self.targets[i], i
+                block.stream,
+                layer.index,
+                self.attention,
+                linears,
+                hidden,
+                self.targets[i],
+                i,
+                scope,
             )
             noise = importance.is_noise(output, self.targets[i])
             for name, factors in g.items():
@@ -160,6 +185,10 @@ class AttentionSolver:
 
     def _output_factors(self, layer: StagedLayer) -> list[Tensor]:
         """Step 4: relative factors [tokens] of o, with q, k and v quantized."""
+        name = self.attention.output
+        if self.settings.scope == "layer":
+            with layer.quantized():
+                return self._gradients(layer, [name])[name]
         found = []
         for output, target in zip(
             self._outputs(layer, range(self.count)), self.targets, strict=True
@@ -170,15 +199,10 @@ class AttentionSolver:
         return found
 
     def _outputs(self, layer: StagedLayer, samples: Sequence[int]) -> list[Tensor]:
-        """Attn(U) with the finished linears quantized."""
+        """Attn(U), or the layer's output, with the finished linears quantized."""
         block = layer.block
         with torch.no_grad(), layer.quantized():
-            return [
-                attention_output(
-                    block.stream, layer.index, self.attention, block.quant_inputs[i], i
-                )
-                for i in samples
-            ]
+            return [self._output(layer, block.quant_inputs[i], i) for i in samples]
 
     def _weights(self, factors: list[Tensor], rule: str) -> list[Tensor]:
         """Step 2 after the factors are relative, without temper."""
@@ -248,7 +272,7 @@ class AttentionSolver:
             }
 
     def error(self, layer: StagedLayer, samples: Sequence[int]) -> float:
-        """Mean squared error of the attention's output over the samples, both streams."""
+        """Mean squared error of Attn, or of the layer's output, over the samples, between both streams."""
         outputs = self._outputs(layer, samples)
         total = sum(
             float((output - self.targets[i]).double().square().sum())

@@ -178,7 +178,7 @@ def test_factors_are_local(text_block: Block) -> None:
 def test_equal_importance_is_gptaq(text_block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
     def constant(value: float) -> Any:
         def run(stream: Any, index: int, attention: Any, linears: Any, hidden: Any, target: Any,
-                sample: int) -> Any:  # fmt: skip
+                sample: int, scope: str) -> Any:  # fmt: skip
             with torch.no_grad():
                 output = importance.attention_output(stream, index, attention, hidden, sample)
             return {n: torch.full((hidden.shape[1],), value) for n in linears}, output
@@ -302,6 +302,39 @@ def test_each_projection_is_solved_with_its_own_factors(
         assert np.array_equal(found.linears[name].integers, solved[name].integers.numpy()), name
         others = [q.integers for source, q in solved.items() if source != name]
         assert not any(torch.equal(solved[name].integers, other) for other in others)
+
+
+def test_scope_layer_looks_at_the_whole_layer(text_block: Block) -> None:
+    """q, k, v, and o behind quantized q, k, v: the gradient of |Layer(F) - Layer(U)|^2 by autograd on the module."""
+    block, attention = text_block, attention_of(text_block)
+    settings = vlmq.Settings.of(recipe("vlmq", scope="layer"))
+    solver = vlmq.AttentionSolver(StagedLayer(block), attention, settings)
+    behind = solver.layer.fork()
+    solver._solve_stage(behind, solver.inputs, solver.factors, "uniform", range(3), {})
+    integers = {
+        name: FakeQuantLinear.from_quantized(q, block.linears[name].bias).forward
+        for name, q in behind.results.items()
+    }
+    assert integers.keys() == set(attention.inputs)
+    with torch.no_grad():
+        target = block.run(block.float_inputs[1], 1)
+    found = {**solver.factors, attention.output: solver._output_factors(behind)}
+    for name, factors in found.items():
+        linear, leaves = block.linears[name], list[torch.Tensor]()
+
+        def run(x: torch.Tensor, linear: Any = linear, leaves: Any = leaves) -> torch.Tensor:
+            z = torch.nn.functional.linear(x, linear.weight, linear.bias)
+            leaves.append(z.detach().requires_grad_())
+            return leaves[0]
+
+        others = integers if name == attention.output else {}
+        with torch.enable_grad(), substituted(block.linears, {**others, name: run}):
+            output = block.run(block.quant_inputs[1], 1)
+            gradient = torch.autograd.grad((output - target).square().sum(), leaves[0])[0]
+        expected = importance.relative(gradient.abs().mean(-1).reshape(-1))
+        assert torch.equal(factors[1], expected), name
+    narrow = vlmq.AttentionSolver(StagedLayer(block), attention, vlmq.Settings.of(recipe("vlmq")))
+    assert not any(torch.equal(narrow.factors[n][1], solver.factors[n][1]) for n in solver.inputs)
 
 
 def test_beats_round_to_nearest(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -471,6 +504,7 @@ def test_only_some_linears_of_the_attention() -> None:
     ("options", "message"),
     [
         ({"exponent": 3}, "option exponent: 3, expected 1 or 2"),
+        ({"scope": "model"}, "option scope: 'model', expected one of attention, layer"),
         ({"candidates": []}, "expected a list out of uniform, token"),
         ({"candidates": ["best"]}, "expected a list out of uniform, token"),
         ({"alpha": -1}, "option alpha"),
