@@ -97,8 +97,8 @@ class Settings:
     solver: str = "gradient"
     solver_bits: int = 3
     loss: str = "output"
-    steps: int = 60  # at most
-    passes: float = 5.0  # over the fitted samples, at most
+    steps: int | None = None  # at most; None: see ``descent``
+    passes: float | None = None  # over the fitted samples, at most; None: see ``descent``
     batch: int = 4
     rate: float | None = None  # of the roundings; None: 1 / steps
     scale_rate: float = 0.1  # of the scales, as a share of rate
@@ -119,7 +119,7 @@ class Settings:
                     f"option {name}: {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
         for name in ("depth", "steps", "batch", "every", "passes"):
-            if getattr(self, name) < 1:
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected at least 1")
         for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
@@ -142,10 +142,14 @@ class Settings:
         """The shrunk H with its factors."""
         return self.kernel.factored(fit.hessian, self.shrinkage)
 
-    def descent(self, samples: int, seed: int) -> Descent:
-        """Step 3's plan for so many samples: few of them are not gone through more than ``passes`` times."""
+    def descent(self, samples: int, bits: int, seed: int) -> Descent:
+        """Step 3's plan for so many samples and the fewest bits of a block: few samples are not gone through more than
+        ``passes`` times. 60 steps and 5 passes where none are given; 200 and 50 at two bits and fewer, where they pay.
+        """
         fitted = len(split(samples)[0])
-        steps = max(1, min(self.steps, math.ceil(self.passes * fitted / self.batch)))
+        most, passes = (60, 5.0) if bits > 2 else (200, 50.0)
+        passes = passes if self.passes is None else self.passes
+        steps = max(1, min(self.steps or most, math.ceil(passes * fitted / self.batch)))
         rate = self.rate or 1 / steps
         return Descent(steps, self.batch, rate, rate * self.scale_rate, self.every, seed)
 
@@ -212,7 +216,7 @@ class Fused:
         if settings.solver == "grid":
             chosen, report["solver"] = grid_solver(loss, started.soft)
         else:
-            plan = settings.descent(len(block.quant_inputs), recipe.seed)
+            plan = settings.descent(len(block.quant_inputs), min(bits), recipe.seed)
             chosen, report["solver"] = gradient_solver(loss, started.soft, plan)
         return BlockResult(
             {name: _with_weight(started.results[name], q) for name, q in chosen.items()}, report
