@@ -29,6 +29,8 @@ from qvlm.match import matches
 
 SAMPLES = "samples.jsonl"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+# What a line of samples.jsonl may hold; other keys are the user's own notes, unless they look like one of these.
+KEYS = ("image", "prompt", "answer", "task", "options")
 # Asked about each picture of a plain folder; the model answers it itself.
 DEFAULT_PROMPT = "Describe this image in detail."
 
@@ -92,6 +94,10 @@ def evaluation(path: str | None, samples: int, seed: int) -> list[Question]:
     if path in (None, "demo"):
         import qvlm_calib_data
 
+        if samples < 1 or seed < 0:
+            raise CalibrationError(
+                f"{samples} questions, seed {seed}: expected at least 1 question and no negative seed"
+            )
         return _shipped(qvlm_calib_data.evaluation_samples(samples, seed))
     questions = _folder(Path(str(path)), plain=False)
     for number, question in enumerate(questions, 1):
@@ -120,8 +126,10 @@ def _shipped(samples: Sequence[Any]) -> list[Question]:
 
 def _drawn(questions: list[Question], samples: int, seed: int) -> list[Question]:
     """A draw without replacement, kept in file order; every image of it decodes."""
-    if samples < 1:
-        raise CalibrationError(f"{samples} samples, expected at least 1")
+    if samples < 1 or seed < 0:
+        raise CalibrationError(
+            f"{samples} samples, seed {seed}: expected at least 1 sample and no negative seed"
+        )
     if samples < len(questions):
         chosen = np.random.default_rng(seed).permutation(len(questions))[:samples]
         questions = [questions[i] for i in sorted(chosen)]
@@ -170,6 +178,9 @@ def _question(folder: Path, line: str, where: str) -> Question:
         raise CalibrationError(f"{where}: not JSON ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
         raise CalibrationError(f'{where}: no text under "prompt"')
+    for key in sorted(data.keys() - KEYS):
+        if any(key.lower().rstrip("s") == known.rstrip("s") for known in KEYS):
+            raise CalibrationError(f'{where}: unknown key "{key}". Known: {", ".join(KEYS)}.')
     names = data.get("image", [])
     names = [names] if isinstance(names, str) else names
     if not isinstance(names, list) or not all(isinstance(name, str) for name in names):

@@ -6,6 +6,7 @@ does not divide, an unknown method or option) is refused before anything long be
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass
@@ -70,6 +71,19 @@ class Plan:
         return data
 
 
+def _other_kind(value: Any, default: Any) -> str | None:
+    """What an option with this default wants, if ``value`` is of another kind. A method checks the rest itself."""
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    if isinstance(default, bool):
+        return None if isinstance(value, bool) else "true or false"
+    if isinstance(default, int):
+        return None if whole else "a whole number"
+    if isinstance(default, float):
+        finite = whole or (isinstance(value, float) and math.isfinite(value))
+        return None if finite else "a number"
+    return None
+
+
 def check_method(recipe: Recipe) -> None:
     """RecipeError for an unknown method or transform, an option they do not have, or a value that makes no sense."""
     if recipe.method not in METHODS:
@@ -84,6 +98,9 @@ def check_method(recipe: Recipe) -> None:
         raise RecipeError(
             f"method {recipe.method!r}: unknown option {unknown[0]!r}. Known: {names}. {_OPTIONS_NOTE}"
         )
+    for name, value in recipe.options.items():
+        if (expected := _other_kind(value, known[name])) is not None:
+            raise RecipeError(f"option {name}: {value!r}, expected {expected}")
     try:
         METHODS[recipe.method].check(recipe)
     except TypeError as error:

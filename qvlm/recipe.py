@@ -212,7 +212,7 @@ class Recipe:
         if data.get("schema") != SCHEMA:
             raise RecipeError(f"{where}: schema {data.get('schema')!r}, expected {SCHEMA}")
         try:
-            rules = tuple(LayerRule(r["pattern"], named_format(r["format"])) for r in data["rules"])
+            rules = tuple(_rule(r, where) for r in data["rules"])
         except (KeyError, TypeError) as error:
             raise RecipeError(
                 f"{where}: rules must be a list of {{pattern, format}} ({type(error).__name__}: {error})"
@@ -222,15 +222,28 @@ class Recipe:
             raise RecipeError(f"{where}: transforms {transforms!r}, expected a list of names")
         if not isinstance(untie := data.get("untie", False), bool):
             raise RecipeError(f"{where}: untie {untie!r}, expected true or false")
+        numbers = {"samples": data.get("samples", 64), "seed": data.get("seed", 0)}
+        for key, least in (("samples", 1), ("seed", 0)):
+            if type(numbers[key]) is not int or numbers[key] < least:
+                raise RecipeError(
+                    f"{where}: {key} {numbers[key]!r}, expected a whole number, {least} or more"
+                )
+        if not isinstance(options := data.get("options", {}), dict):
+            raise RecipeError(
+                f"{where}: options {options!r}, expected an object of names and values"
+            )
+        method = str(data.get("method", "rtn"))
         return Recipe(
-            rules,
-            str(data.get("method", "rtn")),
-            int(data.get("samples", 64)),
-            int(data.get("seed", 0)),
-            dict(data.get("options", {})),
-            tuple(transforms),
-            untie,
+            rules, method, numbers["samples"], numbers["seed"], options, tuple(transforms), untie
         )
+
+
+def _rule(data: Mapping[str, Any], where: str) -> LayerRule:
+    if unknown := sorted(set(data) - {"pattern", "format"}):
+        raise RecipeError(f"{where}: unknown key {unknown[0]!r} in a rule. Known: pattern, format.")
+    if not isinstance(data["pattern"], str):
+        raise RecipeError(f"{where}: pattern {data['pattern']!r}, expected text")
+    return LayerRule(data["pattern"], named_format(data["format"]))
 
 
 def component_recipe(

@@ -8,10 +8,12 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from qvlm.errors import RecipeError
+from qvlm.plan import check_method
 from qvlm.recipe import (
     FORMATS,
     RECIPES,
@@ -91,3 +93,43 @@ def test_impossible_schemes_are_refused(make: object) -> None:
     assert callable(make)
     with pytest.raises(RecipeError):
         make()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"samples": "many"}, "samples 'many', expected a whole number, 1 or more"),
+        ({"samples": 6.7}, "samples 6.7"),
+        ({"samples": True}, "samples True"),
+        ({"samples": -3}, "samples -3"),
+        ({"seed": None}, "seed None, expected a whole number, 0 or more"),
+        ({"options": ["depth"]}, "expected an object of names and values"),
+        ({"rules": [{"pattern": 3, "format": "w4a16"}]}, "pattern 3, expected text"),
+        (
+            {"rules": [{"pattern": "*", "format": "w4a16", "group_size": 64}]},
+            "unknown key 'group_size'",
+        ),
+    ],
+)
+def test_values_of_another_kind_are_refused(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(RecipeError, match=message):
+        Recipe.from_json({**RECIPES["w4a16"].to_json(), **change})
+
+
+@pytest.mark.parametrize(
+    ("method", "option", "value", "message"),
+    [
+        ("gptq", "act_order", "False", "expected true or false"),
+        ("gptq", "columns", 1.5, "expected a whole number"),
+        ("gptq", "damping", "much", "expected a number"),
+        ("fused", "sweeps", 1.5, "expected a whole number"),
+        ("fused", "shrinkage", float("nan"), "expected a number"),
+        ("q-vlm", "visual_encoder", "False", "expected true or false"),
+    ],
+)
+def test_option_of_another_kind_is_refused(
+    method: str, option: str, value: Any, message: str
+) -> None:
+    recipe = replace(RECIPES["w4a16"], method=method, options={option: value})
+    with pytest.raises(RecipeError, match=f"option {option}: .*{message}"):
+        check_method(recipe)

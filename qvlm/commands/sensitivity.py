@@ -10,6 +10,7 @@ from qvlm.checkpoint import dump_json
 from qvlm.commands.command import Command, Json, say, table
 from qvlm.commands.experiment import note
 from qvlm.commands.recipe import add_untie_argument
+from qvlm.errors import CalibrationError
 from qvlm.progress import reporter
 from qvlm.trials.budget import add_budget_arguments, budget_of
 
@@ -52,6 +53,10 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
 def _sensitivity(arguments: argparse.Namespace) -> Json:
     from qvlm.trials.sensitivity_run import SensitivityRun, Settings
 
+    if arguments.write_recipe.resolve() == arguments.output.resolve():
+        raise CalibrationError(
+            f"{arguments.output}: --output and --write-recipe name one file. Give the recipe another."
+        )
     settings = Settings(
         tuple(arguments.formats),
         arguments.method,

@@ -7,6 +7,7 @@ embeddings and head unless they are quantized) at 16 bit.
 from __future__ import annotations
 
 import argparse
+import math
 import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -51,12 +52,23 @@ def parse_bytes(text: str) -> int:
     return int(float(found[1]) * _BYTES[found[2]])
 
 
+def parse_bits(text: str) -> float:
+    """A positive number; ArgumentTypeError otherwise, which argparse prints."""
+    try:
+        bits = float(text)
+    except ValueError:
+        bits = math.nan
+    if not (math.isfinite(bits) and bits > 0):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a positive number of bits")
+    return bits
+
+
 def add_budget_arguments(parser: argparse.ArgumentParser) -> None:
     """--max-bits-per-weight --max-memory: of the whole model, scales and float parts included."""
     group = parser.add_mutually_exclusive_group()
     group.add_argument(
         "--max-bits-per-weight",
-        type=float,
+        type=parse_bits,
         metavar="X",
         help="whole model: the best recipe within, by measured sensitivities",
     )

@@ -22,6 +22,7 @@ from qvlm.trials.budget import (
     Budget,
     check_budget,
     choices,
+    parse_bits,
     parse_bytes,
     patterns,
     rules,
@@ -209,3 +210,10 @@ def test_parse_bytes(text: str, expected: int) -> None:
 def test_parse_bytes_refuses(text: str) -> None:
     with pytest.raises(ArgumentTypeError, match="expected bytes as in 900MB"):
         parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["nan", "inf", "-1", "0", "four"])
+def test_bits_that_are_no_budget_are_refused(text: str) -> None:
+    assert parse_bits("4.5") == 4.5
+    with pytest.raises(ArgumentTypeError, match="expected a positive number of bits"):
+        parse_bits(text)

@@ -59,6 +59,10 @@ def test_a_draw_is_fixed_by_its_seed_and_keeps_order(tmp_path: Path) -> None:
     ("lines", "message"),
     [
         (["{"], r"samples.jsonl, line 1: not JSON"),
+        (
+            [{"prompt": "x", "images": "a.png"}],
+            r'line 1: unknown key "images". Known: image, prompt',
+        ),
         (["[1]"], 'line 1: no text under "prompt"'),
         ([{"image": "0.png"}], 'line 1: no text under "prompt"'),
         ([{"prompt": "a", "answer": "b"}, {"image": 3, "prompt": "a"}], 'line 2: "image" must be'),
@@ -96,7 +100,7 @@ def test_missing_empty_and_unreadable_folders(tmp_path: Path) -> None:
     (bad / "samples.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CalibrationError, match="not readable as UTF-8"):
         calibration(str(bad), 4, 0)
-    with pytest.raises(CalibrationError, match="0 samples, expected at least 1"):
+    with pytest.raises(CalibrationError, match="0 samples, seed 0: expected at least 1 sample"):
         calibration(str(folder(tmp_path / "none-wanted")), 0, 0)
 
 
