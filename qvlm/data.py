@@ -94,10 +94,7 @@ def evaluation(path: str | None, samples: int, seed: int) -> list[Question]:
     if path in (None, "demo"):
         import qvlm_calib_data
 
-        if samples < 1 or seed < 0:
-            raise CalibrationError(
-                f"{samples} questions, seed {seed}: expected at least 1 question and no negative seed"
-            )
+        _check_draw(samples, seed)
         return _shipped(qvlm_calib_data.evaluation_samples(samples, seed))
     questions = _folder(Path(str(path)), plain=False)
     for number, question in enumerate(questions, 1):
@@ -124,12 +121,16 @@ def _shipped(samples: Sequence[Any]) -> list[Question]:
     return [Question((s.image,), s.prompt, s.answer, s.task) for s in samples]
 
 
-def _drawn(questions: list[Question], samples: int, seed: int) -> list[Question]:
-    """A draw without replacement, kept in file order; every image of it decodes."""
+def _check_draw(samples: int, seed: int) -> None:
     if samples < 1 or seed < 0:
         raise CalibrationError(
             f"{samples} samples, seed {seed}: expected at least 1 sample and no negative seed"
         )
+
+
+def _drawn(questions: list[Question], samples: int, seed: int) -> list[Question]:
+    """A draw without replacement, kept in file order; every image of it decodes."""
+    _check_draw(samples, seed)
     if samples < len(questions):
         chosen = np.random.default_rng(seed).permutation(len(questions))[:samples]
         questions = [questions[i] for i in sorted(chosen)]

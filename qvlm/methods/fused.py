@@ -34,7 +34,7 @@ it loses, so ``solver_bits`` is 3.
 
 Tried and left out: scales tuned end to end (Adam on the answers' KL), which 900 further samples did not make to pay;
 calibration samples of random tokens; the loss "both", whose result held-out samples reject. Curvature weights gain
-nothing at four bits and lost at three (README).
+nothing at four bits and lost the one draw tried at three (README).
 
 Cost: GPTAQ's passes; a factor of H per stage; per weight two sweeps for the two scales, two descents and a re-fit,
 together some ten products with H; in blocks rounded jointly ``steps`` times ``batch`` forward and backward passes of
@@ -119,8 +119,11 @@ class Settings:
                     f"option {name}: {getattr(self, name)!r}, expected one of {', '.join(known)}"
                 )
         for name in ("depth", "steps", "batch", "every", "passes"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected at least 1")
+            value = getattr(self, name)
+            if value is not None and not 1 <= value < math.inf:
+                raise RecipeError(f"option {name}: {value!r}, expected at least 1")
+        if self.steps is not None and not isinstance(self.steps, int):
+            raise RecipeError(f"option steps: {self.steps!r}, expected a whole number")
         for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")

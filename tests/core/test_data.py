@@ -100,6 +100,11 @@ def test_missing_empty_and_unreadable_folders(tmp_path: Path) -> None:
     (bad / "samples.jsonl").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(CalibrationError, match="not readable as UTF-8"):
         calibration(str(bad), 4, 0)
+    for samples, seed in ((0, 0), (4, -1)):
+        with pytest.raises(
+            CalibrationError, match="expected at least 1 sample and no negative seed"
+        ):
+            evaluation(None, samples, seed)
     with pytest.raises(CalibrationError, match="0 samples, seed 0: expected at least 1 sample"):
         calibration(str(folder(tmp_path / "none-wanted")), 0, 0)
 
