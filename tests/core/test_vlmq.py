@@ -6,6 +6,7 @@ python -m pytest tests/core/test_vlmq.py
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -244,27 +245,33 @@ def test_factors_differ_between_projections_and_move_integers(text_block: Block)
         assert not np.array_equal(weighted.linears[name].integers, plain.linears[name].integers)
 
 
+def factors_by_autograd(
+    block: Block, name: str, others: Any, forward: Any, target: torch.Tensor
+) -> torch.Tensor:
+    """Relative factors of one linear: the gradient of |forward() - target|^2 at its output, ``others`` in place."""
+    linear, leaves = block.linears[name], list[torch.Tensor]()
+
+    def run(x: torch.Tensor) -> torch.Tensor:
+        z = torch.nn.functional.linear(x, linear.weight, linear.bias)
+        leaves.append(z.detach().requires_grad_())
+        return leaves[0]
+
+    with torch.enable_grad(), substituted(block.linears, {**others, name: run}):
+        gradient = torch.autograd.grad((forward() - target).square().sum(), leaves[0])[0]
+    return importance.relative(gradient.abs().mean(-1).reshape(-1))
+
+
 def own_weights(block: Block, attention: Attention) -> dict[str, list[torch.Tensor]]:
     """Factors of q, k and v by autograd of the loss as it is written, one projection at a time, as weights of p = 2."""
     found: dict[str, list[torch.Tensor]] = {name: [] for name in attention.inputs}
     for sample in range(len(block.quant_inputs)):
         _, target = outputs(block, attention, sample)
         for name in attention.inputs:
-            linear, leaves = block.linears[name], list[torch.Tensor]()
-
-            def run(x: torch.Tensor, linear: Any = linear, leaves: Any = leaves) -> torch.Tensor:
-                z = torch.nn.functional.linear(x, linear.weight, linear.bias)
-                leaves.append(z.detach().requires_grad_())
-                return leaves[0]
-
-            with torch.enable_grad(), substituted(block.linears, {name: run}):
-                hidden = block.quant_inputs[sample]
-                output = importance.attention_output(
-                    block.stream, block.start, attention, hidden, sample
-                )
-                gradient = torch.autograd.grad((output - target).square().sum(), leaves[0])[0]
-            g = importance.relative(gradient.abs().mean(-1).reshape(-1))
-            found[name].append(g.pow(2))
+            hidden = block.quant_inputs[sample]
+            forward = partial(
+                importance.attention_output, block.stream, block.start, attention, hidden, sample
+            )
+            found[name].append(factors_by_autograd(block, name, {}, forward, target).pow(2))
     return found
 
 
@@ -320,18 +327,9 @@ def test_scope_layer_looks_at_the_whole_layer(text_block: Block) -> None:
         target = block.run(block.float_inputs[1], 1)
     found = {**solver.factors, attention.output: solver._output_factors(behind)}
     for name, factors in found.items():
-        linear, leaves = block.linears[name], list[torch.Tensor]()
-
-        def run(x: torch.Tensor, linear: Any = linear, leaves: Any = leaves) -> torch.Tensor:
-            z = torch.nn.functional.linear(x, linear.weight, linear.bias)
-            leaves.append(z.detach().requires_grad_())
-            return leaves[0]
-
         others = integers if name == attention.output else {}
-        with torch.enable_grad(), substituted(block.linears, {**others, name: run}):
-            output = block.run(block.quant_inputs[1], 1)
-            gradient = torch.autograd.grad((output - target).square().sum(), leaves[0])[0]
-        expected = importance.relative(gradient.abs().mean(-1).reshape(-1))
+        forward = partial(block.run, block.quant_inputs[1], 1)
+        expected = factors_by_autograd(block, name, others, forward, target)
         assert torch.equal(factors[1], expected), name
     narrow = vlmq.AttentionSolver(StagedLayer(block), attention, vlmq.Settings.of(recipe("vlmq")))
     assert not any(torch.equal(narrow.factors[n][1], solver.factors[n][1]) for n in solver.inputs)
