@@ -103,11 +103,11 @@ def descend(
 
 
 def refit_scales(start: QuantizedWeight, wanted: Tensor, hessian: Tensor) -> QuantizedWeight:
-    """Step 3: the scales of least E for these integers, positive float16 values. Arguments as ``descend``.
+    """Step 3: the scales of least E for these integers, float16 values. Arguments as ``descend``.
 
     With M_gh = q_g H_gh q_h' and r_g = q_g [H t']_g (q_g a row's integers of group g), E(s) = s M s' - 2 s r + const,
-    so that M s = r is solved per row. A weight with one scale in all ([1, 1]) is returned as it is. So is a row whose
-    best scales are not positive or fit no normal float16.
+    so that M s = r is solved per row. A weight with one scale in all ([1, 1]) is returned as it is. So is a row one
+    of whose best scales has another sign than before or fits no normal float16.
     """
     rows, groups = start.scale.shape
     if rows != len(start.integers):
@@ -126,7 +126,7 @@ def refit_scales(start: QuantizedWeight, wanted: Tensor, hessian: Tensor) -> Qua
     solvable = system + torch.diag_embed(empty.double())
     found = torch.linalg.lstsq(solvable, right[:, :, None]).solution[:, :, 0]
     found = torch.where(empty, old, found).float().to(torch.float16).double()
-    valid = (torch.isfinite(found) & (found >= affine.SMALLEST_SCALE)).all(1)
+    valid = (torch.isfinite(found) & (found * old.sign() >= affine.SMALLEST_SCALE)).all(1)
     found = torch.where(valid[:, None], found, old)
 
     def cost(s: Tensor) -> Tensor:

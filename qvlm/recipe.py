@@ -39,12 +39,15 @@ class WeightScheme:
     granularity "tensor": one scale; "channel": one per output row; "group": one per row and ``group_size``
     consecutive input columns. Symmetric integers are signed, in [-2^(bits-1), 2^(bits-1)-1]; ``symmetric=False``
     adds an integer zero point per scale (simulation only: no TensorRT release takes one, rule Q-01).
+    ``signed_scales``: a scale may be negative, which puts the grid's longer side on the positive weights (simulation
+    only, rule Q-04); methods that search scales may use it.
     """
 
     bits: int
     granularity: Granularity = "group"
     group_size: int | None = 128
     symmetric: bool = True
+    signed_scales: bool = False
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
@@ -53,6 +56,10 @@ class WeightScheme:
             raise RecipeError(
                 f"weight scheme: granularity {self.granularity!r} with group_size {self.group_size}; "
                 "give a group_size with granularity 'group' and none otherwise"
+            )
+        if self.signed_scales and not self.symmetric:
+            raise RecipeError(
+                "weight scheme: signed scales with a zero point, expected one of them"
             )
         if self.group_size is not None and self.group_size < 1:
             raise RecipeError(
@@ -123,8 +130,8 @@ FORMATS: dict[str, Format] = {
         Format("w8a8-split", WeightScheme(8, "channel", None), ActivationScheme(8, "modality")),
         # Rows of a token table: looked up, never multiplied, so only the row's own scale is needed.
         Format("w8a16", WeightScheme(8, "channel", None)),
-        Format("w2a16", WeightScheme(2, "group", 128), deployable=False),
-        Format("w3a16", WeightScheme(3, "group", 128), deployable=False),
+        Format("w2a16", WeightScheme(2, "group", 128, signed_scales=True), deployable=False),
+        Format("w3a16", WeightScheme(3, "group", 128, signed_scales=True), deployable=False),
         Format(
             "w4a4",
             WeightScheme(4, "group", 128),
@@ -155,6 +162,12 @@ class LayerRule:
     pattern: str
     format: Format
 
+    def matches(self, component: str, name: str) -> bool:
+        """Is this rule for module ``name`` of ``component``?"""
+        # "*" means the linears: an embedding has to be named.
+        named = component != EMBEDDING or self.pattern.startswith(EMBEDDING)
+        return named and fnmatchcase(f"{component}.{name}", self.pattern)
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -172,12 +185,8 @@ class Recipe:
 
     def format_of(self, component: str, name: str) -> Format:
         """The format of linear ``name`` in ``component``."""
-        key = f"{component}.{name}"
-        for rule in self.rules:
-            named = component != EMBEDDING or rule.pattern.startswith(EMBEDDING)
-            if named and fnmatchcase(key, rule.pattern):
-                return rule.format
-        return FORMATS["float"]
+        found = (rule.format for rule in self.rules if rule.matches(component, name))
+        return next(found, FORMATS["float"])
 
     @property
     def deployable(self) -> bool:

@@ -74,7 +74,7 @@ class SoftWeight:
         """Scales like the start's, (b - z) s0 / s [out, in] and the integers, all float32."""
         qmin, qmax = affine.integer_range(self.bits)
         scale = affine.ste_float16(self.start.scale * (1 + self.stretch))
-        scale = scale.clamp(min=affine.SMALLEST_SCALE)
+        scale = scale.abs().clamp(min=affine.SMALLEST_SCALE) * self.start.scale.sign()
         zero = self._spread(self.zero)
         position = (self.base - zero) * self._spread(self.start.scale / scale)
         return scale, position, torch.round(zero + position + self.offset).clamp(qmin, qmax)
@@ -96,8 +96,10 @@ class SoftWeight:
             total = slope.sum().reshape(1, 1)
         else:
             total = slope.reshape(*self.start.scale.shape, -1).sum(-1)
-        self.offset = (self.offset - rate * torch.sign(gradient * inside)).clamp(-REACH, REACH)
-        self.stretch = self.stretch - scale_rate * torch.sign(total)
+        signs = self.start.scale.sign()
+        moved = self.offset - rate * torch.sign(gradient * inside) * self._spread(signs)
+        self.offset = moved.clamp(-REACH, REACH)
+        self.stretch = self.stretch - scale_rate * torch.sign(total) * signs
 
     def stretched(self, ratio: float) -> SoftWeight:
         """A copy with every scale ``ratio`` times the start's and nothing else moved."""

@@ -83,6 +83,7 @@ def test_neither_name_nor_file() -> None:
     "make",
     [
         lambda: WeightScheme(1, "channel", None),
+        lambda: WeightScheme(2, "group", 128, symmetric=False, signed_scales=True),
         lambda: WeightScheme(9, "channel", None),
         lambda: WeightScheme(4, "group", None),
         lambda: WeightScheme(4, "channel", 128),

@@ -7,12 +7,13 @@ Objective: the block's output on the quantized stream is the float block's. Ever
 1. Blocks (``partition``): Q-VLM's entropy partition of the decoder, or ``depth`` layers each ("fixed"); one layer per
    block elsewhere.
 2. Each linear of each layer in turn, with H and D on the quantized stream as it now is (``methods.stages``), H shrunk
-   towards its diagonal (``shrinkage``, ``hessian.shrunk``): scales that cost least under H (``scales``); integers by
-   ``start``: GPTQ's sweep, GPTAQ's, "residual" (GPTQ's sweep on the target w (H + alpha D) H^-1, that is GPTAQ with
-   the residual of columns already moved, exactly), or round to nearest; then integer coordinate descent of ``sweeps``
-   rounds, and ``refits`` times the scales' least squares and descent again (``descent``). Descent aims where the start
-   does: at the shifted target for gptaq and residual. One sample in eight is not fitted: each of searched scales,
-   descent and re-fit is kept only if it lowers the linear's error on those (``methods.held_out``).
+   towards its diagonal (``shrinkage``, ``hessian.shrunk``): scales that cost least under H (``scales``), at three bits
+   and fewer of either sign (``signed``); integers by ``start``: GPTQ's sweep, GPTAQ's, "residual" (GPTQ's sweep on the
+   target w (H + alpha D) H^-1, that is GPTAQ with the residual of columns already moved, exactly), or round to
+   nearest; then integer coordinate descent of ``sweeps`` rounds, and ``refits`` times the scales' least squares and
+   descent again (``descent``). Descent aims where the start does: at the shifted target for gptaq and residual. One
+   sample in eight is not fitted: each of searched scales, descent and re-fit is kept only if it lowers the linear's
+   error on those (``methods.held_out``).
 3. The block's linears together (``solver``): signed gradient descent on roundings and scales against the block's
    loss, or Q-VLM's grid in the same place (``methods.block_rounding``), in blocks with weights of at most
    ``solver_bits``.
@@ -88,6 +89,7 @@ class Settings:
     scales: str = "conditional"
     start: str = "residual"
     alpha: str | float = "auto"
+    signed: bool = True  # scales of either sign, in formats that have them
     damping: float = 0.01
     shrinkage: float = 0.05
     sweeps: int = 4
@@ -124,6 +126,10 @@ class Settings:
                 raise RecipeError(f"option {name}: {value!r}, expected at least 1")
         if self.steps is not None and not isinstance(self.steps, int):
             raise RecipeError(f"option steps: {self.steps!r}, expected a whole number")
+        if self.rate is not None and not (
+            isinstance(self.rate, int | float) and 0 < self.rate < math.inf
+        ):
+            raise RecipeError(f"option rate: {self.rate!r}, expected a positive number")
         for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
@@ -380,7 +386,8 @@ def start(
     scale, zero = affine.weight_scales(weight.detach().float(), scheme)
     if settings.scales != "max":
         importance = column_importance(factored, settings.scales)
-        scale = search_scales(weight, scheme, importance)
+        searched = replace(scheme, signed_scales=scheme.signed_scales and settings.signed)
+        scale = search_scales(weight, searched, importance)
     if settings.start == "nearest":
         return affine.quantize_weight(weight.detach().float(), scheme, scale, zero)
     residual = settings.start == "residual"

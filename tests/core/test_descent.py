@@ -83,6 +83,23 @@ def test_it_ends_where_no_integer_helps(scheme: WeightScheme) -> None:
     assert torch.equal(nearest, found.integers.double())
 
 
+@pytest.mark.parametrize("bits", [2, 3])
+def test_a_negative_scale_is_the_mirror_image(bits: int) -> None:
+    """Scale -s and target -t are the problem of s and t: sweep, descent, re-fit and optima give the same integers."""
+    weight, _, _, hessian, _ = problem()
+    scheme, wanted = WeightScheme(bits, "group", 16), weight.double()
+    scale, _ = affine.weight_scales(weight, scheme, 0.7)
+    found = []
+    for sign in (1, -1):
+        begin = gptq_matrix(sign * weight, hessian, scheme, scales=(sign * scale, None)).quantized
+        moved = descend(begin, sign * wanted, hessian, bits, 3)
+        fitted = refit_scales(moved, sign * wanted, hessian)
+        optima = coordinate_optima(fitted, sign * wanted, hessian)
+        found.append((begin.integers, moved.integers, fitted.integers, fitted.scale * sign, optima))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert not torch.equal(found[0][3], scale)
+
+
 def test_tiny_problem_against_all_combinations() -> None:
     """Two columns of two bits: descent from round to nearest, against the best of all 16 pairs."""
     scheme, hessian = (

@@ -5,6 +5,9 @@ python -m pytest tests/core/test_scales.py
 
 from __future__ import annotations
 
+import itertools
+from dataclasses import replace
+
 import numpy as np
 import oracles
 import pytest
@@ -19,7 +22,14 @@ from qvlm.recipe import WeightScheme
 from qvlm.scales import FACTORS, column_importance, search_scales
 
 
-@pytest.mark.parametrize("scheme", [WeightScheme(2, "group", 8), WeightScheme(3, "channel", None)])
+@pytest.mark.parametrize(
+    "scheme",
+    [
+        WeightScheme(2, "group", 8),
+        WeightScheme(3, "channel", None),
+        WeightScheme(2, "group", 8, signed_scales=True),
+    ],
+)
 def test_search_is_the_textbook(scheme: WeightScheme) -> None:
     weight = torch.randn(3, 16, generator=torch.Generator().manual_seed(1))
     importance = np.linspace(0.5, 2.0, 16)
@@ -30,8 +40,10 @@ def test_search_is_the_textbook(scheme: WeightScheme) -> None:
             values = weight[row].double().numpy()
             top = max(abs(values[c]) for c in columns)
             costs = {}
-            for factor in FACTORS:
-                scale = float(np.float16(np.float32(top) * np.float32(factor) / np.float32(qmax)))
+            signs = (1.0, -1.0) if scheme.signed_scales else (1.0,)
+            for factor, sign in itertools.product(FACTORS, signs):
+                size = float(np.float16(np.float32(top) * np.float32(factor) / np.float32(qmax)))
+                scale = sign * size
                 costs[scale] = sum(
                     importance[c]
                     * (
@@ -42,6 +54,33 @@ def test_search_is_the_textbook(scheme: WeightScheme) -> None:
                     for c in columns
                 )
             assert float(found[row, group]) == min(costs, key=lambda s: costs[s])
+
+
+def test_a_mirrored_weight_takes_the_mirrored_scale() -> None:
+    """-2, -1, 0, 1 times s: a group that reaches far up is the mirror image of one that reaches far down."""
+    scheme = WeightScheme(2, "group", 8, signed_scales=True)
+    down = torch.tensor([[-2.0, -1.0, 0.0, 1.0, -1.0, 1.0, 0.0, -2.0]])
+    importance = torch.ones(8)
+    # The candidates are 0.2 to 1 times 2, in steps of 0.04: 1 is one of them, and exact.
+    assert search_scales(down, scheme, importance).item() == 1.0
+    assert search_scales(-down, scheme, importance).item() == -1.0
+    assert search_scales(-down, replace(scheme, signed_scales=False), importance).item() > 0
+
+
+@pytest.mark.parametrize("bits", [2, 3])
+def test_signs_never_cost(bits: int) -> None:
+    weight, _, _, hessian, _ = problem()
+    scheme = WeightScheme(bits, "group", 16)
+    importance = hessian.diagonal()
+    costs = []
+    for one in (scheme, replace(scheme, signed_scales=True)):
+        scale = search_scales(weight, one, importance)
+        values = affine.fake_quantize_weight(weight, one, scale)
+        costs.append(affine.grouped((values - weight).square() * importance, one).sum(-1))
+    # float32 sums of 16 terms, in one order or another.
+    assert (costs[1] <= costs[0] * (1 + 1e-5)).all()
+    # A grid of n points is lopsided by one of them: the fewer there are, the more it is worth.
+    assert costs[1].sum() < (0.85 if bits == 2 else 0.99) * costs[0].sum()
 
 
 def test_conditional_importance_is_the_schur_complement() -> None:

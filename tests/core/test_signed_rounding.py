@@ -71,6 +71,20 @@ def test_a_step_follows_the_signs_of_autograd(scheme: WeightScheme) -> None:
         assert torch.equal(soft.stretch, -0.125 * torch.sign(stretch.grad))
 
 
+def test_a_negative_scale_is_the_mirror_image() -> None:
+    """Scale -s and gradient -G move roundings and scales as s and G do; the weight is the negative."""
+    soft, _ = soft_weight(SCHEMES[0])
+    other = SoftWeight(QuantizedWeight(soft.start.integers, -soft.start.scale), soft.base, 2)
+    gradient = torch.randn(soft.base.shape, generator=torch.Generator().manual_seed(3))
+    for _ in range(3):
+        soft.step(gradient, 0.25, 0.125)
+        other.step(-gradient, 0.25, 0.125)
+    assert torch.equal(soft.offset, other.offset) and torch.equal(soft.stretch, other.stretch)
+    assert torch.equal(soft.weight(), -other.weight()) and bool(soft.offset.any())
+    assert torch.equal(soft.quantized().integers, other.quantized().integers)
+    assert torch.equal(soft.quantized().scale, -other.quantized().scale)
+
+
 def test_one_weight_by_hand() -> None:
     """s = 0.5, q = 2, b = 2.4: uphill gradients lower v until 2.4 + v rounds to 1."""
     begin = QuantizedWeight(torch.tensor([[2]], dtype=torch.int8), torch.tensor([[0.5]]))
