@@ -198,13 +198,19 @@ class CheckpointWriter:
             self.add(f"{name}.input_zero_point", linear.input_zero_point.astype(np.int32))
 
     def _flush(self) -> None:
+        from safetensors import SafetensorError
         from safetensors.numpy import save_file
 
         if not self._pending:
             return
         path = self.directory / f"model-{len(self._shards) + 1:05d}.safetensors"
         partial = path.with_name(path.name + ".partial")
-        save_file(self._pending, partial, metadata={"format": "pt"})
+        try:
+            save_file(self._pending, partial, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise CheckpointError(
+                f"{partial}: not written ({error}). Free disk space and continue with --resume."
+            ) from error
         self._shards.append((path, list(self._pending)))
         self._pending, self._bytes = {}, 0
 
@@ -250,7 +256,7 @@ def load_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: not found") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: a {type(data).__name__}, expected a JSON object")

@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from qvlm.errors import CalibrationError
-from qvlm.match import matches
+from qvlm.match import MOST_OPTIONS, chosen, matches
 
 SAMPLES = "samples.jsonl"
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -98,7 +98,7 @@ def evaluation(path: str | None, samples: int, seed: int) -> list[Question]:
         return _shipped(qvlm_calib_data.evaluation_samples(samples, seed))
     questions = _folder(Path(str(path)), plain=False)
     for number, question in enumerate(questions, 1):
-        if question.answer is None:
+        if not question.answer:
             raise CalibrationError(
                 f'{Path(str(path)) / SAMPLES}: question {number} has no answer to compare with. Add an "answer".'
             )
@@ -159,7 +159,8 @@ def _folder(folder: Path, plain: bool) -> list[Question]:
 def _read_jsonl(folder: Path) -> list[Question]:
     path = folder / SAMPLES
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: JSON texts may hold U+2028 and others that end a line there.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise CalibrationError(f"{path}: not readable as UTF-8 text ({error})") from error
     questions = [
@@ -175,8 +176,12 @@ def _read_jsonl(folder: Path) -> list[Question]:
 def _question(folder: Path, line: str, where: str) -> Question:
     try:
         data = json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise CalibrationError(f"{where}: not JSON ({error})") from error
+    try:
+        json.dumps(data, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise CalibrationError(f"{where}: half of a character ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("prompt"), str):
         raise CalibrationError(f'{where}: no text under "prompt"')
     for key in sorted(data.keys() - KEYS):
@@ -190,13 +195,23 @@ def _question(folder: Path, line: str, where: str) -> Question:
     if not isinstance(task, str):
         raise CalibrationError(f'{where}: "task" must be text')
     answers = _texts(data, "answer", where)
+    options = _texts(data, "options", where)
+    if len(options) > MOST_OPTIONS:
+        raise CalibrationError(
+            f"{where}: {len(options)} options, expected at most {MOST_OPTIONS}: each has a letter"
+        )
+    if options and answers and all(chosen(answer, options) is None for answer in answers):
+        raise CalibrationError(
+            f"{where}: answer {answers[0]!r} names none of the {len(options)} options, so that nothing could be right. "
+            "Give an option's letter or its text."
+        )
     return Question(
         tuple(_inside(folder, name, where) for name in names),
         data["prompt"],
         answers[0] if answers else None,
         task,
         answers[1:],
-        _texts(data, "options", where),
+        options,
     )
 
 
@@ -210,6 +225,8 @@ def _texts(data: dict[str, Any], key: str, where: str) -> tuple[str, ...]:
 
 
 def _inside(folder: Path, name: str, where: str) -> Path:
+    if "\0" in name:
+        raise CalibrationError(f"{where}: image {name!r}: not a file's name")
     path = folder / name
     if not path.resolve().is_relative_to(folder.resolve()):
         raise CalibrationError(f"{where}: image {name!r} lies outside {folder}")

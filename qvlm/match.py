@@ -14,6 +14,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
+# Options have one letter each.
+MOST_OPTIONS = 26
 # A letter that stands for an option: alone, in brackets, or before a mark and the rest.
 _LETTER = re.compile(r"\(([a-z])\)(?:\s|$)|([a-z])(?:[.:)](?:\s|$)|$)")
 

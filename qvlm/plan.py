@@ -47,7 +47,10 @@ class ComponentPlan:
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole quantization; ``other_bytes``: embeddings, norms, biases, convolutions at 16 bit."""
+    """The whole quantization; ``other_bytes``: embeddings, norms, biases, convolutions at 16 bit.
+
+    unmatched: patterns of the recipe that match nothing.
+    """
 
     source: str
     model_type: str
@@ -56,6 +59,7 @@ class Plan:
     components: tuple[ComponentPlan, ...]
     other_bytes: int
     peak_bytes: int
+    unmatched: tuple[str, ...]
 
     @property
     def bits_per_weight(self) -> float:
@@ -139,7 +143,34 @@ def resolve(
         if chosen:
             formats[component] = chosen
     _check_tied_head(model, adapter, formats)
+    if not formats and not imported:
+        _check_patterns(model, adapter, recipe)
     return formats
+
+
+def _check_patterns(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
+    """RecipeError if rules ask for integers and none of their patterns matches a thing. A float recipe is fine."""
+    asked = [rule for rule in recipe.rules if rule.format.weights is not None]
+    unused = set(unmatched(model, adapter, recipe))
+    if asked and all(rule.pattern in unused for rule in asked):
+        first = next(f"{c}.{name}" for c in COMPONENTS for name in adapter.linears(model, c))
+        raise RecipeError(
+            f"no linear or embedding matches {', '.join(repr(rule.pattern) for rule in asked)}, so nothing would be "
+            f"quantized. Patterns are matched on names like {first!r}."
+        )
+
+
+def unmatched(model: nn.Module, adapter: Adapter, recipe: Recipe) -> tuple[str, ...]:
+    """Patterns of rules that match no linear and no embedding of the model: a misspelt name, or another family's."""
+    names = {c: list(adapter.linears(model, c)) for c in COMPONENTS}
+    names[EMBEDDING] = list(adapter.embeddings)
+    return tuple(
+        dict.fromkeys(
+            rule.pattern
+            for rule in recipe.rules
+            if not any(rule.matches(c, name) for c, found in names.items() for name in found)
+        )
+    )
 
 
 def _check_split(component: str, name: str, format_: Format) -> None:
@@ -219,6 +250,7 @@ def plan(source: Source, recipe: Recipe) -> Plan:
         tuple(rows),
         2 * (total - counted),
         _peak_bytes(model, adapter, recipe, own, total),
+        unmatched(model, adapter, recipe),
     )
 
 

@@ -18,6 +18,7 @@ from typing import Any
 from qvlm.checkpoint import load_json
 from qvlm.data import SAMPLES
 from qvlm.errors import CalibrationError
+from qvlm.match import MOST_OPTIONS
 
 _REQUEST = "Answer with the letter of the right option."
 
@@ -36,10 +37,13 @@ def convert(problems: Path, images: Path, output: Path, split: str) -> Converted
     Raises CalibrationError for a problem that lacks a field or its image, or a split without any; nothing has the
     name ``output`` then.
     """
-    if output.exists():
+    if output.exists() or not output.name:
         raise CalibrationError(f"{output}: exists. Give another folder or remove it.")
     partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
+    if partial.exists():
+        raise CalibrationError(
+            f"{partial}: exists, as an interrupted conversion leaves it. Remove it."
+        )
     (partial / "images").mkdir(parents=True)
     lines: list[str] = []
     without = 0
@@ -70,6 +74,10 @@ def _question(problem: dict[str, Any], where: str) -> dict[str, Any]:
     if not all(isinstance(choice, str) for choice in choices) or not 0 <= answer < len(choices):
         raise CalibrationError(
             f"{where}: answer {answer} among {len(choices)} choices, expected the index of a text"
+        )
+    if len(choices) > MOST_OPTIONS:
+        raise CalibrationError(
+            f"{where}: {len(choices)} choices, expected at most {MOST_OPTIONS}: each has a letter"
         )
     letters = [chr(ord("A") + i) for i in range(len(choices))]
     hint = str(problem.get("hint") or "").strip()

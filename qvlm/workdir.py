@@ -45,11 +45,13 @@ def digest(*parts: object) -> str:
 class WorkDirectory:
     """Work kept beside ``output`` until it is whole.
 
-    Raises CheckpointError if ``output`` exists, or work exists and either ``resume`` is False or it was begun with
-    another model, recipe or calibration set.
+    Raises CheckpointError if ``output`` exists or has no name, or work exists and either ``resume`` is False or it was
+    begun with another model, recipe or calibration set.
     """
 
     def __init__(self, output: Path, resume: bool) -> None:
+        if not output.name:
+            raise CheckpointError(f"{output}: no directory's name. Give one to write to.")
         self.output = output
         self.path = output.with_name(output.name + ".partial")
         self._resume = resume
@@ -70,6 +72,11 @@ class WorkDirectory:
                     "same ones."
                 )
             return
+        if self.path.exists() and any(p.name != "state.json.partial" for p in self.path.iterdir()):
+            raise CheckpointError(
+                f"{self.path}: holds no state.json, so it is no interrupted run's work. Move it away, or give another "
+                "directory."
+            )
         self.path.mkdir(parents=True, exist_ok=True)
         dump_json(state, {"identity": identity})
 

@@ -140,8 +140,10 @@ def add_engines(
 
 def write_report(folder: Path, report: Report) -> None:
     """Write report.json and report.html, each atomically; ExportError if the disk refuses."""
-    write_file(folder / "report.json", report.to_json().encode())
-    write_file(folder / "report.html", to_html(report).encode())
+    # Both are made before either is written: what cannot be drawn leaves the old report.
+    drawn = {"report.json": report.to_json(), "report.html": to_html(report)}
+    for name, text in drawn.items():
+        write_file(folder / name, text.encode())
 
 
 def redraw_report(folder: Path, comparison: Sequence[Mapping[str, Any]]) -> Report:

@@ -35,7 +35,14 @@ def rows_kept(arguments: argparse.Namespace) -> str:
     """What an interrupt leaves of an experiment."""
     if arguments.results is None:
         return "Nothing is kept without --results FILE."
-    return f"Finished rows are in {arguments.results}; the same command continues."
+    return rows_in(arguments.results)
+
+
+def rows_in(path: Path) -> str:
+    """What an interrupt says of the file of finished rows."""
+    if not path.exists():
+        return "No row was finished."
+    return f"Finished rows are in {path}; the same command continues."
 
 
 @dataclass(frozen=True)
@@ -63,6 +70,12 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
     seeds = range(arguments.seed, arguments.seed + arguments.draws)
     drawn = [calibration(arguments.calib, arguments.samples, seed) for seed in seeds]
     refuse_overlap((question for draw in drawn for question in draw), questions)
+    for seed, draw in zip(seeds[1:], drawn[1:], strict=True):
+        if draw == drawn[0]:
+            raise CalibrationError(
+                f"draws {seeds[0]} and {seed} are the same {len(draw)} samples, so that {arguments.draws} draws would "
+                f"show no spread. Give --draws 1, fewer than {len(draw)} --samples, or more to draw from."
+            )
     loaded = load(source, progress)
     draws = [build_samples(loaded, source.adapter, draw, progress) for draw in drawn]
     asked = build_samples(loaded, source.adapter, questions, progress)

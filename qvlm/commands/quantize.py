@@ -7,6 +7,7 @@ from pathlib import Path
 
 from qvlm.checkpoint import Checkpoint
 from qvlm.commands.command import Command, Json, say, table
+from qvlm.commands.experiment import note
 from qvlm.commands.recipe import add_recipe_arguments, recipe_of
 from qvlm.commands.sizes import size_rows, size_table
 from qvlm.progress import reporter
@@ -16,6 +17,7 @@ from qvlm.trials.budget import (
     budget_of,
     sensitivity_file,
 )
+from qvlm.workdir import WorkDirectory
 
 
 def _quantize_arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,6 +35,8 @@ def _quantize(arguments: argparse.Namespace) -> Json:
     from qvlm.source import open_source
 
     recipe = recipe_of(arguments)
+    if not arguments.dry_run:
+        WorkDirectory(arguments.output, arguments.resume)  # refuses before anything is measured
     source = open_source(arguments.source)
     if (budget := budget_of(arguments)) is not None:
         from qvlm.trials.sensitivity_run import Settings, recipe_within
@@ -41,6 +45,8 @@ def _quantize(arguments: argparse.Namespace) -> Json:
         settings = Settings(calib=arguments.calib)
         recipe = recipe_within(source, recipe, budget, file, settings, reporter()).recipe
     planned = plan(source, recipe)
+    for pattern in planned.unmatched:
+        note(f"note: no linear or embedding matches the recipe's {pattern!r}")
     if arguments.dry_run:
         rows = [
             (

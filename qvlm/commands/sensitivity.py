@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qvlm.checkpoint import dump_json
 from qvlm.commands.command import Command, Json, say, table
-from qvlm.commands.experiment import note
+from qvlm.commands.experiment import note, rows_in
 from qvlm.commands.recipe import add_untie_argument
 from qvlm.errors import CalibrationError
 from qvlm.progress import reporter
@@ -57,6 +57,11 @@ def _sensitivity(arguments: argparse.Namespace) -> Json:
         raise CalibrationError(
             f"{arguments.output}: --output and --write-recipe name one file. Give the recipe another."
         )
+    budget = budget_of(arguments)
+    if budget is not None and arguments.write_recipe.exists():
+        raise CalibrationError(
+            f"{arguments.write_recipe}: exists. Give the recipe another name with --write-recipe, or remove it."
+        )
     settings = Settings(
         tuple(arguments.formats),
         arguments.method,
@@ -67,7 +72,6 @@ def _sensitivity(arguments: argparse.Namespace) -> Json:
         arguments.untie,
     )
     run = SensitivityRun(arguments.source, settings, arguments.output, reporter())
-    budget = budget_of(arguments)
     if budget is not None:
         run.check(budget)
     rows = run.rows(note)
@@ -105,7 +109,7 @@ def _say_solution(arguments: argparse.Namespace, found: Json) -> None:
 
 
 def _kept(arguments: argparse.Namespace) -> str:
-    return f"Finished rows are in {arguments.output}; the same command continues."
+    return rows_in(arguments.output)
 
 
 SENSITIVITY = Command(

@@ -60,6 +60,7 @@ backward passes of the model.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from typing import Any
@@ -105,6 +106,15 @@ OPTIONS: Mapping[str, Any] = {
     "veo_error": 1.0,  # lambda2
     "veo_eta": 1.0,
 }
+_LEAST = {
+    "depth": 1,
+    "search_samples": 0,
+    "veo_epochs": 0,
+    "veo_batch": 1,
+    "veo_entropy": 0,
+    "veo_error": 0,
+    "veo_eta": 0,
+}
 
 
 def resolved(recipe: Recipe) -> dict[str, Any]:
@@ -127,9 +137,22 @@ def resolved(recipe: Recipe) -> dict[str, Any]:
         grid = options[name]
         if not grid or any(not 0.0 < p <= 2.0 for p in grid):
             raise RecipeError(f"q-vlm option {name}: {grid!r}, expected numbers in (0, 2]")
-    if options["depth"] < 1:
-        raise RecipeError(f"q-vlm option depth: {options['depth']}, expected at least 1")
+    _check_numbers(options)
     return options
+
+
+def _check_numbers(options: Mapping[str, Any]) -> None:
+    for name, least in _LEAST.items():
+        if options[name] < least:
+            raise RecipeError(f"q-vlm option {name}: {options[name]!r}, expected at least {least}")
+    for name in ("init_norm", "veo_rate"):
+        if not options[name] > 0:
+            raise RecipeError(f"q-vlm option {name}: {options[name]!r}, expected a positive number")
+    h0, bits = options["h0"], options["dependency_bits"]
+    if h0 is not None and not (isinstance(h0, int | float) and math.isfinite(h0)):
+        raise RecipeError(f"q-vlm option h0: {h0!r}, expected a number or null")
+    if bits is not None and bits not in range(2, 9):
+        raise RecipeError(f"q-vlm option dependency_bits: {bits!r}, expected 2 to 8 or null")
 
 
 def _refuse_split(context: Context) -> None:

@@ -59,7 +59,7 @@ class Rotate:
     def check(self, model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
         """The option, and what R1 needs."""
         kinds = _kinds(recipe, model, adapter)
-        if not kinds or isinstance(kinds, str) or set(kinds) - set(KINDS):
+        if not (isinstance(kinds, list) and kinds and all(kind in KINDS for kind in kinds)):
             raise RecipeError(
                 f"option rotations: {kinds!r}, expected {AUTO} or a list out of {', '.join(KINDS)}"
             )

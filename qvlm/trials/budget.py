@@ -97,7 +97,7 @@ def budget_of(arguments: argparse.Namespace) -> Budget | None:
 def sensitivity_file(arguments: argparse.Namespace, output: Path) -> Path:
     """Where the sensitivities are or go."""
     given: Path | None = arguments.sensitivity
-    return given or output.with_name(output.name + ".sensitivity.json")
+    return given or output.parent / f"{output.name}.sensitivity.json"
 
 
 @dataclass(frozen=True)
@@ -182,10 +182,14 @@ def _within(
 ) -> tuple[Allocation, int]:
     """The allocation, and the bytes that stay float in any recipe."""
     fixed = 2 * (parameters - sum(unit.parameters for unit in units))
-    try:
-        return allocate(found, budget.nbytes(parameters) - fixed), fixed
-    except RecipeError as error:
-        raise RecipeError(f"{error} {fixed} bytes more stay float in any recipe.") from error
+    whole = budget.nbytes(parameters)
+    least = fixed + sum(min(choice.nbytes for choice in one) for one in found.values())
+    if whole < least:
+        raise RecipeError(
+            f"budget: {whole} bytes, the smallest formats make {least}, {fixed} of them float in any recipe. "
+            "Raise the budget or add a smaller format."
+        )
+    return allocate(found, whole - fixed), fixed
 
 
 def rules(units: Sequence[Unit], formats: Mapping[str, str]) -> tuple[LayerRule, ...]:

@@ -16,6 +16,8 @@ class Results:
 
     def __init__(self, path: Path | None, identity: Json) -> None:
         self.path, self.identity, self.rows = path, identity, list[Json]()
+        if path is not None and not path.parent.is_dir():
+            raise CalibrationError(f"{path}: there is no folder {path.parent}. Make it first.")
         if path is not None and path.exists():
             data = load_json(path)
             if data.get("identity") != identity:
@@ -23,7 +25,7 @@ class Results:
                     f"{path}: results of other settings ({data.get('identity')}, now {identity}). "
                     "Give another file, or remove it."
                 )
-            self.rows = data["rows"]
+            self.rows = rows_of(path, data)
 
     def find(self, key: Json) -> Json | None:
         """The row with these values, if it was measured."""
@@ -34,3 +36,13 @@ class Results:
         self.rows.append(row)
         if self.path is not None:
             dump_json(self.path, {"identity": self.identity, "rows": self.rows})
+
+
+def rows_of(path: Path, data: Json) -> list[Json]:
+    """The rows of what a results file holds; CalibrationError if they are none."""
+    rows = data.get("rows")
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+        raise CalibrationError(
+            f"{path}: no rows of an experiment. Give another file, or remove it."
+        )
+    return rows

@@ -24,7 +24,7 @@ from qvlm.recipe import FORMATS, Recipe, named_format
 from qvlm.source import Source, load, open_source, require_float, skeleton
 from qvlm.trials import practice
 from qvlm.trials.budget import Budget, Solution, check_budget, choices, solve
-from qvlm.trials.results import Results
+from qvlm.trials.results import Results, rows_of
 from qvlm.trials.sensitivity import Case, Unit, measure, measure_recipe, units
 from qvlm.untie import untied
 
@@ -138,11 +138,11 @@ def recipe_within(
     model = untied(skeleton(source.directory), source.adapter, recipe)
     settings = replace(settings, untie=recipe.untie)
     stored = load_json(file) if file.exists() else {}
-    rows = stored.get("rows", [])
+    rows = rows_of(file, stored) if stored else []
     known = stored.get("identity", _plain(settings))
-    if not {"formats", "int4_blocks"} <= set(known):
+    if not _measured_by_us(known, rows):
         raise RecipeError(f"{file}: not a file of `qvlm sensitivity`. Give one, or a new name.")
-    blocks = max(settings.int4_blocks, int(known["int4_blocks"]))
+    blocks = max(settings.int4_blocks, known["int4_blocks"])
     mine = units(model, source.adapter, known["formats"], blocks)
     if not _complete(mine, rows):
         mine = units(model, source.adapter, settings.formats, settings.int4_blocks)
@@ -150,6 +150,19 @@ def recipe_within(
         run = SensitivityRun(source, settings, file, progress)
         rows = run.rows(say)
     return solve(mine, rows, _parameters(model), budget, recipe)
+
+
+def _measured_by_us(identity: object, rows: list[Json]) -> bool:
+    """Do both have what the allocation reads?"""
+    kinds = {"kind": str, "component": str, "name": str, "format": str, "parameters": int}
+    return (
+        isinstance(identity, dict)
+        and isinstance(identity.get("int4_blocks"), int)
+        and isinstance(formats := identity.get("formats"), list)
+        and all(name in FORMATS for name in formats)
+        and all(isinstance(row.get(key), kind) for row in rows for key, kind in kinds.items())
+        and all(isinstance(row.get("kl"), int | float) for row in rows)
+    )
 
 
 def _plain(settings: Settings) -> Json:

@@ -177,11 +177,11 @@ def test_the_budget_is_of_the_whole_model() -> None:
     same = solve(units, rows, parameters, Budget(bits_per_weight=bits), Recipe((), "gptq"))
     assert same == found
     assert found.to_json()["optimality_gap"] == 0.0
-    with pytest.raises(RecipeError, match="2000 bytes more stay float"):
+    with pytest.raises(RecipeError, match="2000 of them float in any recipe"):
         solve(units, rows, parameters, Budget(memory=2 * four + 1999), Recipe(()))
     # The same is known without a row.
     check_budget(units, parameters, Budget(memory=2 * four + 2000))
-    with pytest.raises(RecipeError, match="2000 bytes more stay float"):
+    with pytest.raises(RecipeError, match="2000 of them float in any recipe"):
         check_budget(units, parameters, Budget(memory=2 * four + 1999))
 
 

@@ -23,7 +23,7 @@ from qvlm.capture import (
     linear_inputs,
     linears_entered,
 )
-from qvlm.errors import CheckpointError
+from qvlm.errors import CalibrationError, CheckpointError
 from qvlm.models import ADAPTERS
 from qvlm.recipe import COMPONENTS
 from qvlm.source import Loaded, load, open_source
@@ -57,6 +57,12 @@ def test_a_sample_is_what_the_template_says(samples: list[Sample]) -> None:
     assert samples[1].pixel_values is None
     assert samples[2].pixel_values is not None and samples[2].pixel_values.shape == (2, 3, 24, 24)
     assert not samples[2].answer_mask.any()
+
+
+@pytest.mark.parametrize("texts", [("What <image>?", "cat"), ("What?", "a <image>")])
+def test_the_image_token_in_a_text_is_refused(loaded: Loaded, texts: tuple[str, str]) -> None:
+    with pytest.raises(CalibrationError, match="holds the image token '<image>'"):
+        build_sample(loaded.processor, [picture(0)], *texts, IMAGE_TOKEN)
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

@@ -87,6 +87,8 @@ def mistakes(source: Path, folder: Path, out: Path) -> dict[str, tuple[list[str]
     empty.mkdir()
     corrupt = Path(shutil.copytree(folder, out.parent / "corrupt"))
     (corrupt / "1.png").write_bytes(b"no image")
+    other = out.parent / "recipe.json"
+    other.write_text('{"schema": 1, "rules": [{"pattern": "txt.*", "format": "w8a8"}]}')
     quantize = ["quantize", str(source), str(out)]
     return {
         "source": (["quantize", str(empty), str(out)], "CheckpointError: "),
@@ -94,12 +96,27 @@ def mistakes(source: Path, folder: Path, out: Path) -> dict[str, tuple[list[str]
         "method": ([*quantize, "--method", "x"], "RecipeError: method 'x' is unknown"),
         "empty folder": ([*quantize, "--calib", str(empty)], "CalibrationError: "),
         "corrupt image": ([*quantize, "--calib", str(corrupt)], "1.png: not a readable image"),
+        "nothing matches": (
+            [*quantize, "--recipe", str(other)],
+            "no linear or embedding matches 'txt.*'",
+        ),
+        "no name": (["quantize", str(source), "/"], "CheckpointError: /"),
         "no checkpoint": (["show", str(empty)], "config.json: not found"),
     }
 
 
 @pytest.mark.parametrize(
-    "name", ["source", "recipe", "method", "empty folder", "corrupt image", "no checkpoint"]
+    "name",
+    [
+        "source",
+        "recipe",
+        "method",
+        "empty folder",
+        "corrupt image",
+        "nothing matches",
+        "no name",
+        "no checkpoint",
+    ],
 )
 def test_a_mistake_is_one_line_and_exit_one(
     tiny_source: Path, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
@@ -157,6 +174,31 @@ def test_a_plain_image_folder_calibrates(
     assert "written:" in capsys.readouterr().out
 
 
+def test_a_pattern_that_matches_nothing_is_noted(
+    tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    rules = [{"pattern": p, "format": "w8a8"} for p in ("txt.*", "text.*", "text.*.mlp.*")]
+    recipe.write_text(json.dumps({"schema": 1, "rules": rules}))
+    command = ["quantize", str(tiny_source), str(tmp_path / "out"), "--recipe", str(recipe)]
+    assert cli.main([*command, "--dry-run", "--json"]) == 0
+    captured = capsys.readouterr()
+    # A rule behind a wider one matches: it is only never reached.
+    assert captured.err == "note: no linear or embedding matches the recipe's 'txt.*'\n"
+    assert json.loads(captured.out)["unmatched"] == ["txt.*"]
+
+
+def test_an_output_that_exists_is_refused_before_a_budget_is_measured(
+    tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    command = ["quantize", str(tiny_source), str(tmp_path / "out"), "--max-bits-per-weight", "8"]
+    assert cli.main(command) == 1
+    assert "out: exists" in capsys.readouterr().err
+    assert not (tmp_path / "out.sensitivity.json").exists()
+
+
 def test_numbers_are_right_aligned() -> None:
     text = table([("a", 1, 2.0), ("bb", 10, 0.123456)], ("n", "count", "x"))
     assert text.splitlines() == ["n   count       x", "a       1       2", "bb     10  0.1235"]
@@ -170,15 +212,22 @@ def test_numbers_are_right_aligned() -> None:
         (["compare", "demo", "--results", "r.json"], "Finished rows are in r.json; the same command continues."),
         (["compare", "demo"], "Nothing is kept without --results FILE."),
         (["ablate", "demo"], "Nothing is kept without --results FILE."),
+        (["sensitivity", "demo", "--output", "none.json"], "No row was finished."),
+        (["compare", "demo", "--results", "none.json"], "No row was finished."),
         (["evaluate", "demo"], "Nothing is kept."),
     ],
 )  # fmt: skip
 def test_an_interrupt_says_what_is_left(
     words: list[str],
     left: str,
+    tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("s.json", "r.json"):
+        Path(name).touch()
+
     def interrupted(arguments: object) -> None:
         raise KeyboardInterrupt
 

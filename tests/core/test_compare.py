@@ -17,7 +17,7 @@ from tiny_source import picture, tiny_questions
 
 from qvlm import cli
 from qvlm.checkpoint import Checkpoint
-from qvlm.errors import RecipeError
+from qvlm.errors import CalibrationError, RecipeError
 from qvlm.evaluate import load_quantized, scorer, sizes
 from qvlm.quantize import build_samples, quantize
 from qvlm.recipe import RECIPES, LayerRule, Recipe, component_recipe, named_format
@@ -26,6 +26,7 @@ from qvlm.trials import compare
 from qvlm.trials.compare import Case, parse_format, parse_method, recipes, spread, table_rows
 from qvlm.trials.job import Job
 from qvlm.trials.judge import Judge
+from qvlm.trials.results import Results
 
 QUESTIONS = [replace(q, answer=q.answer or "cat") for q in tiny_questions(5)]
 
@@ -271,6 +272,26 @@ def test_the_command(
     assert lines[0].split()[:3] == ["format", "method", "KL"]
     assert [line.split()[:2] for line in lines[1:3]] == [["float", "float"], ["w4a16", "rtn"]]
     assert "exact match per task" in lines
+
+
+def test_draws_that_are_one_draw_are_refused(
+    tiny_source: Path, folders: tuple[str, str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    calib, asked = folders
+    command = ["compare", str(tiny_source), "--calib", calib, "--eval", asked, "--samples", "3"]
+    assert cli.main([*command, "--draws", "2"]) == 1
+    captured = capsys.readouterr()
+    assert "draws 0 and 1 are the same 3 samples" in captured.err and captured.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("content", ['{"rows": {}}', '{"rows": [1]}', "{}"])
+def test_a_damaged_results_file_is_refused(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({"identity": {"a": 1}, **json.loads(content)}))
+    with pytest.raises(CalibrationError, match=r"rows.json: no rows of an experiment"):
+        Results(path, {"a": 1})
+    with pytest.raises(CalibrationError, match="there is no folder"):
+        Results(tmp_path / "none" / "rows.json", {})
 
 
 def test_seen_questions_and_no_draw_are_refused(

@@ -41,6 +41,12 @@ def test_lines_become_questions(tmp_path: Path) -> None:
     assert found[0].open_images()[0].size == (8, 6)
 
 
+def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    path = folder(tmp_path / "c", '{"prompt": "a\u2028b\u0085c", "answer": "x"}\r')
+    (question,) = evaluation(str(path), 9, 0)
+    assert question.prompt == "a\u2028b\u0085c"
+
+
 def test_a_plain_folder_asks_the_default_prompt(tmp_path: Path) -> None:
     path = folder(tmp_path / "c")
     (path / "notes.txt").write_text("not an image")
@@ -71,6 +77,17 @@ def test_a_draw_is_fixed_by_its_seed_and_keeps_order(tmp_path: Path) -> None:
         ([{"image": "../x.png", "prompt": "a"}], r"image '../x.png' lies outside"),
         ([{"image": "/etc/passwd", "prompt": "a"}], "lies outside"),
         ([{"image": "9.png", "prompt": "a"}], "image '9.png' not found"),
+        ([{"image": "9\0.png", "prompt": "a"}], "not a file's name"),
+        (['{"prompt": "\\ud800"}'], "line 1: half of a character"),
+        (["[" * 100_000], "line 1: not JSON"),
+        (
+            [{"prompt": "a", "answer": "c", "options": ["x", "y"]}],
+            "answer 'c' names none of the 2 options",
+        ),
+        (
+            [{"prompt": "a", "answer": "a", "options": ["x"] * 27}],
+            "27 options, expected at most 26",
+        ),
         (["", " "], "empty, expected one JSON object per line"),
     ],
 )
@@ -125,6 +142,8 @@ def test_evaluation_needs_answers_and_lines(tmp_path: Path) -> None:
         evaluation(
             str(folder(tmp_path / "a", {"prompt": "a", "answer": "b"}, {"prompt": "c"})), 9, 0
         )
+    with pytest.raises(CalibrationError, match="question 1 has no answer to compare with"):
+        evaluation(str(folder(tmp_path / "e", {"prompt": "a", "answer": ""})), 9, 0)
     with pytest.raises(CalibrationError, match=r"nothing to read, expected samples.jsonl"):
         evaluation(str(folder(tmp_path / "b")), 9, 0)
 

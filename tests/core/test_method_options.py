@@ -21,10 +21,17 @@ from qvlm.recipe import Recipe
     [
         ("fused", {"passes": 0}, "option passes: 0, expected at least 1"),
         ("fused", {"steps": "many"}, "an option's value is of another kind"),
+        ("fused", {"rate": "fast"}, "option rate: 'fast', expected a positive number"),
+        ("fused", {"rate": float("nan")}, "option rate: nan, expected a positive number"),
         ("gptq", {"damping": -1}, "damping"),
         ("gptaq", {"alpha": 2.0}, "alpha"),
         ("vlmq", {"exponent": 3}, "option exponent: 3, expected 1 or 2"),
         ("q-vlm", {"partition": "none"}, "option partition: 'none'"),
+        ("q-vlm", {"veo_batch": 0}, "option veo_batch: 0, expected at least 1"),
+        ("q-vlm", {"search_samples": -1}, "option search_samples: -1, expected at least 0"),
+        ("q-vlm", {"veo_rate": 0.0}, "option veo_rate: 0.0, expected a positive number"),
+        ("q-vlm", {"h0": "mean"}, "option h0: 'mean', expected a number or null"),
+        ("q-vlm", {"dependency_bits": 4.5}, "option dependency_bits: 4.5, expected 2 to 8"),
         ("rtn", {"scales": "none"}, "option scales: 'none'"),
     ],
 )

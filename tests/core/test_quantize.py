@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import SafetensorError
 from tiny_source import tiny_questions, write_tiny_source
 
 from qvlm import methods
@@ -144,6 +145,27 @@ def test_a_failing_disk_leaves_nothing_under_the_final_name(
     assert not (tmp_path / "out").exists()
     monkeypatch.undo()
     assert run(tiny_source, tmp_path / "out", RECIPES["w8a8"], resume=True).is_dir()
+
+
+def test_a_full_disk_under_the_weights_is_one_line(
+    tiny_source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr("safetensors.numpy.save_file", full)
+    with pytest.raises(CheckpointError, match=r"not written .*No space left.* with --resume"):
+        run(tiny_source, tmp_path / "out", RECIPES["w8a8"])
+    assert not (tmp_path / "out").exists()
+
+
+def test_resume_leaves_what_is_not_its_own(tiny_source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "out.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with pytest.raises(CheckpointError, match=r"out.partial: holds no state.json"):
+        run(tiny_source, tmp_path / "out", RECIPES["w8a8"], resume=True)
+    assert mine.read_text() == "mine"
 
 
 def test_an_output_that_exists_is_left_alone(tiny_source: Path, tmp_path: Path) -> None:

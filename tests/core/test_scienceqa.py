@@ -71,6 +71,7 @@ def test_converted_questions_are_read_and_scored(root: Path) -> None:
     [
         ({"answer": 2}, "question 7: answer 2 among 2 choices"),
         ({"answer": -1}, "answer -1 among 2"),
+        ({"choices": ["x"] * 27}, "27 choices, expected at most 26"),
         ({"choices": "iron"}, "question 7: no list under 'choices'"),
         ({"question": None}, "no str under 'question'"),
         ({"image": "other.png"}, "other.png not found"),
@@ -97,3 +98,9 @@ def test_the_command(root: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert result == {"output": str(out), "questions": 2, "without_image": 1}
     assert main(command) == 1
     assert "exists. Give another folder" in capsys.readouterr().err
+    mine = root / "new.partial" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    command[3] = str(root / "new")
+    assert main(command) == 1
+    assert "new.partial: exists" in capsys.readouterr().err and mine.read_text() == "mine"

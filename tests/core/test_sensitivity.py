@@ -176,9 +176,9 @@ def test_rules_agree_and_differ() -> None:
 # -- the command
 
 
-def test_the_command_solves_a_budget_and_quantize_reads_its_file(
-    tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of four questions."""
     data = tmp_path / "data"
     data.mkdir()
     lines = []
@@ -186,17 +186,55 @@ def test_the_command_solves_a_budget_and_quantize_reads_its_file(
         picture(i).save(data / f"{i}.png")
         lines.append({"image": f"{i}.png", "prompt": "What?", "answer": "cat"})
     (data / "samples.jsonl").write_text("\n".join(json.dumps(line) for line in lines))
+    return data
+
+
+def test_files_that_are_no_results_of_ours_are_left_alone(
+    tiny_source: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output, recipe = tmp_path / "sensitivity.json", tmp_path / "recipe.json"
+    command = ["sensitivity", str(tiny_source), "--method", "rtn", "--calib", str(data)]
+    command += ["--formats", "w8a8", "--output", str(output), "--write-recipe", str(recipe)]
+    recipe.write_text("edited")
+    assert cli.main([*command, "--max-bits-per-weight", "9"]) == 1
+    assert "recipe.json: exists" in capsys.readouterr().err and not output.exists()
+    assert cli.main(command) == 0 and recipe.read_text() == "edited"
+    whole = json.loads(output.read_text())
+    for change in ({"rows": 3}, {"identity": {}}, {"rows": [{**whole["rows"][0], "kl": None}]}):
+        output.write_text(json.dumps({**whole, **change}))
+        capsys.readouterr()
+        quantize = ["quantize", str(tiny_source), str(tmp_path / "out"), "--dry-run"]
+        quantize += ["--max-bits-per-weight", "9", "--sensitivity", str(output)]
+        assert cli.main(quantize) == 1
+        said = capsys.readouterr().err
+        assert "sensitivity.json: no" in said and said.count("\n") == 1
+
+
+def test_formats_by_kind_of_token_are_tried_in_the_decoder_only(
+    tiny_source: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["sensitivity", str(tiny_source), "--method", "rtn", "--calib", str(data), "--json"]
+    command += ["--formats", "w8a8-split", "w8a8", "--output", str(tmp_path / "rows.json")]
+    assert cli.main(command) == 0
+    rows = json.loads(capsys.readouterr().out)["rows"]
+    assert {r["component"] for r in rows if r["format"] == "w8a8-split"} == {"text"}
+    assert {"text", "vision"} <= {r["component"] for r in rows if r["format"] == "w8a8"}
+
+
+def test_the_command_solves_a_budget_and_quantize_reads_its_file(
+    tiny_source: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     output, recipe = tmp_path / "sensitivity.json", tmp_path / "recipe.json"
     command = ["sensitivity", str(tiny_source), "--method", "rtn", "--calib", str(data)]
     command += ["--formats", "w4a16-g64", "w8a8", "--output", str(output)]
     # What no recipe can keep is said before anything is measured.
     assert cli.main([*command, "--max-memory", "1000"]) == 1
     said = capsys.readouterr().err
-    assert "the smallest formats take" in said and "more stay float" in said
+    assert "budget: 1000 bytes, the smallest formats make" in said and "float in any" in said
     assert not output.exists()
     impossible = ["quantize", str(tiny_source), str(tmp_path / "out"), "--max-memory", "1000"]
     assert cli.main(impossible) == 1
-    assert "the smallest formats take" in capsys.readouterr().err
+    assert "the smallest formats make" in capsys.readouterr().err
     budget = ["--max-bits-per-weight", "6"]
     assert cli.main([*command, *budget, "--write-recipe", str(recipe), "--json"]) == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])

@@ -209,7 +209,13 @@ def test_comparisons_are_read_or_refused(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"rows": [*TRIED, {"kind": "other"}]}))
     assert read_comparison(path) == TRIED
-    for data, message in (({"rows": 3}, 'no "rows"'), ({"rows": [{"kind": "x"}]}, "no row has")):
+    for data, message in (
+        ({"rows": 3}, 'no "rows"'),
+        ({"rows": [{"kind": "x"}]}, "no row has"),
+        ({"rows": [{**TRIED[0], "kl": None}]}, "kl None of .* expected a number"),
+        ({"rows": [{**TRIED[0], "kl": float("nan")}]}, "kl nan of .* expected a number"),
+        ({"rows": [{**TRIED[0], "exact_match": "1"}]}, "exact_match '1' of .* expected a number"),
+    ):
         path.write_text(json.dumps(data))
         with pytest.raises(ExportError, match=message):
             read_comparison(path)

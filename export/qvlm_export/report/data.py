@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from math import prod
+from math import isfinite, prod
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,22 @@ def read_comparison(path: Path) -> list[dict[str, Any]]:
     found = [row for row in rows if all(key in row for key in needed)]
     if not found:
         raise ExportError(f"{path}: no row has {', '.join(needed)}. Give a file of `qvlm compare`.")
+    for row in found:
+        for key in _DRAWN:
+            if key in row and not _finite(row[key]):
+                raise ExportError(
+                    f"{path}: {key} {row[key]!r} of {row['method']} {row['format']}, expected a number. "
+                    "Leave this row out, or compare again."
+                )
     return found
+
+
+# What of a comparison's row is drawn.
+_DRAWN = ("bits_per_weight", "kl", "exact_match")
+
+
+def _finite(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and isfinite(value)
 
 
 def component_rows(checkpoint: Checkpoint) -> list[ComponentRow]:
