@@ -6,10 +6,13 @@ import torch
 from tiny_models import IMAGE_TOKEN, prompts, tiny_llava
 from transformers import LlavaForConditionalGeneration
 
+from qvlm import importance
 from qvlm.capture import Sample, Stream, capture_stream
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.fakequant import FakeQuantLinear, substituted
 from qvlm.fold import fold_scale, points
+from qvlm.importance import Attention
+from qvlm.methods import vlmq
 from qvlm.methods.method import Block, Context
 from qvlm.models import ADAPTERS
 from qvlm.plan import resolve
@@ -89,3 +92,23 @@ def block_error(block: Block, results: dict[str, QuantizedLinear]) -> float:
             with substituted(block.linears, functions):
                 total += float((block.run(u, i) - wanted).square().sum())
     return total
+
+
+def attention_of(block: Block) -> Attention:
+    """The attention of a block of one layer."""
+    found = vlmq.find_block_attention(block)
+    assert found is not None
+    return found
+
+
+def attention_outputs(
+    block: Block, attention: Attention, sample: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attn(U) and Attn(F) of a sample."""
+    with torch.no_grad():
+        return tuple(
+            importance.attention_output(
+                block.stream, block.start, attention, hidden[sample], sample
+            )
+            for hidden in (block.quant_inputs, block.float_inputs)
+        )  # type: ignore[return-value]
