@@ -34,7 +34,8 @@ ROUNDING_NOISE = 2.0**-20
 # Bounds on factors, relative to their mean over a sample: Tukey's fences above, this below. A floor keeps H positive
 # definite in the directions that only unimportant tokens use.
 FLOOR = 0.1
-# Equally weighted tokens per input channel that the weights must leave.
+# Equally weighted tokens per input channel that the weights must leave; twice as many at two bits, whose larger moves
+# lean harder on H.
 TOKENS_PER_CHANNEL = 4.0
 # Exponents tried on the weights until they do.
 TEMPERATURES = (1.0, 0.75, 0.5, 0.25, 0.0)
@@ -172,13 +173,14 @@ def effective(weights: Sequence[Tensor]) -> float:
 
 
 def tempered(
-    weights: Sequence[Tensor], channels: int, samples: Sequence[int]
+    weights: Sequence[Tensor], channels: int, bits: int, samples: Sequence[int]
 ) -> tuple[list[Tensor], float]:
     """c^t with the largest t of ``TEMPERATURES`` that leaves enough effective tokens in ``samples``, and that t.
 
-    With fewer tokens than ``TOKENS_PER_CHANNEL`` per channel all weights become one.
+    bits: of the weight that is solved. With fewer tokens than ``TOKENS_PER_CHANNEL`` per channel (twice that at two
+    bits) all weights become one.
     """
-    wanted = TOKENS_PER_CHANNEL * channels
+    wanted = TOKENS_PER_CHANNEL * channels * (2 if bits <= 2 else 1)
     for temperature in TEMPERATURES[:-1]:
         found = [c.pow(temperature) for c in weights]
         if effective([found[i] for i in samples]) >= wanted:

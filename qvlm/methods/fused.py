@@ -25,9 +25,9 @@ would always answer for them; an unseen token that fires them in other proportio
 demo that was one token in a hundred, in the first layer, and an answer each.
 
 Token weights in H, D and the loss (``weights``) are off by default ("uniform"). "curvature": how much the answers move
-with each token of each linear's output (``curvature``), to the power ``temper``. "modality": image and text tokens
-weigh the same in total. "vlmq": ``methods.vlmq``'s factors for the attention's linears, in H and D only: q, k, v and o
-have factors of their own, so there is no one weight of a token for the output of a block.
+with each token of each linear's output (``curvature``), to the power ``temper``. "modality": image tokens have the
+share ``mix`` of all weight. "vlmq": ``methods.vlmq``'s factors for the attention's linears, in H and D only: q, k, v
+and o have factors of their own, so there is no one weight of a token for the output of a block.
 
 What each stage is worth stands in README (three draws, four and three bits): most the rotation and the searched scales;
 shrinkage guards against single draws that lose; descent pays at three bits, joint rounding at three and fewer, at four
@@ -86,6 +86,7 @@ class Settings:
 
     weights: str = "uniform"
     temper: float = 0.5
+    mix: float = 0.5  # image tokens' share of the weight under "modality"
     scales: str = "conditional"
     start: str = "residual"
     alpha: str | float = "auto"
@@ -133,6 +134,7 @@ class Settings:
         for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
+        vlmq.check_mix(self.mix)
         _ = self.kernel  # refuses a damping that makes no sense
 
     @staticmethod
@@ -257,7 +259,7 @@ def token_weights(
 ) -> list[Tensor] | None:
     """Weights [tokens] with mean 1 of every sample for linears that share their input; None for all alike."""
     if settings.weights == "modality":
-        return [vlmq.balanced(mask.reshape(-1)) for mask in block.image_masks]
+        return [vlmq.balanced(mask.reshape(-1), settings.mix) for mask in block.image_masks]
     if settings.weights != "curvature" or not settings.temper:
         return None
     found = [

@@ -11,7 +11,7 @@ v, o of a layer, with F and U its inputs on the float and the quantized stream [
 1. Both streams through the attention sub-block (``importance``). One backward pass of |Attn(F) - Attn(U)|^2 gives g
    for q, k and v; each has its own.
 2. g becomes weights c: relative to the mean of its sample; clipped at Tukey's fences; at least 0.1; to the power p;
-   tempered until the effective number of tokens is 4 per input channel.
+   tempered until the effective number of tokens is 4 per input channel, 8 at two bits.
 3. H = sum c u u', D = sum c (f - u) u', and GPTAQ's update quantizes q, k and v.
 4. The attention again with those three quantized: g of o is the mean |2 (Attn(U) - Attn(F))| of the token. Steps 2
    and 3 for o.
@@ -20,7 +20,7 @@ v, o of a layer, with F and U its inputs on the float and the quantized stream [
    for o.
 6. Keep the best: steps 1 to 4 with every rule of ``candidates`` on nine tenths of the samples, the attention's error
    on the rest decides, the winner is solved once more on all samples. "uniform" is GPTAQ itself, "token" is g^p,
-   "blend" (1 + g^p) / 2, "modality" gives image and text tokens the same total weight.
+   "blend" (1 + g^p) / 2, "modality" gives image tokens the share ``mix`` of all weight and text tokens the rest.
 
 Gaps of the paper and our reading: the first layer, where U = F and all gradients vanish, and every sample whose two
 streams differ by float32 rounding only, weigh all tokens alike; steps 2 and 6 as above (token weights are known to
@@ -57,6 +57,7 @@ OPTIONS: Mapping[str, Any] = {
     "exponent": 1,  # p: 1 or 2
     "scope": "attention",  # what the importance looks at: attention, layer
     "candidates": ["uniform", "token", "blend"],
+    "mix": 0.5,  # image tokens' share of the weight under "modality"
 }
 # One sample in so many is held out to choose among candidates.
 HELD_OUT_EVERY = 10
@@ -71,6 +72,7 @@ class Settings:
     exponent: int
     candidates: tuple[str, ...]
     scope: str = "attention"
+    mix: float = 0.5
 
     @staticmethod
     def of(recipe: Recipe) -> Settings:
@@ -93,6 +95,7 @@ class Settings:
             int(options["exponent"]),
             tuple(candidates),
             options["scope"],
+            check_mix(options["mix"]),
         )
 
 
@@ -211,7 +214,18 @@ class AttentionSolver:
             return [g.pow(p) for g in factors]
         if rule == "blend":
             return [0.5 + 0.5 * g.pow(p) for g in factors]
-        return [balanced(mask.reshape(-1)) for mask in self.layer.block.image_masks]
+        mix = self.settings.mix
+        return [balanced(mask.reshape(-1), mix) for mask in self.layer.block.image_masks]
+
+    def _tempered(
+        self, name: str, weights: Sequence[Tensor], samples: Sequence[int]
+    ) -> tuple[list[Tensor], float]:
+        """Step 2's last guard for linear ``name``."""
+        block = self.layer.block
+        scheme = block.formats[name].weights
+        assert scheme is not None
+        channels = block.linears[name].in_features
+        return importance.tempered(weights, channels, scheme.bits, samples)
 
     def token_weights(
         self, layer: StagedLayer, names: Sequence[str]
@@ -222,11 +236,9 @@ class AttentionSolver:
             factors = {self.attention.output: self._output_factors(layer)}
         if not set(names) <= set(factors):
             return None
-        channels = layer.block.linears[names[0]].in_features
+        every = range(self.count)
         return {
-            name: importance.tempered(
-                self._weights(factors[name], "token"), channels, range(self.count)
-            )[0]
+            name: self._tempered(name, self._weights(factors[name], "token"), every)[0]
             for name in names
         }
 
@@ -255,10 +267,8 @@ class AttentionSolver:
         if rule != "uniform":
             weights = {}
             for name in names:
-                channels = layer.block.linears[name].in_features
-                weights[name], temperature = importance.tempered(
-                    self._weights(factors[name], rule), channels, samples
-                )
+                mine = self._weights(factors[name], rule)
+                weights[name], temperature = self._tempered(name, mine, samples)
                 rows[name] = {"temperature": temperature}
         statistics = layer.statistics(names, asymmetric=True, weights=weights, samples=samples)
         alphas = {n: gptaq.tied_alpha(self.settings.alpha, sums) for n, sums in statistics.items()}
@@ -297,11 +307,18 @@ class AttentionSolver:
         return report, rows
 
 
-def balanced(image: Tensor) -> Tensor:
-    """Weights [tokens] with mean 1 that give image and text tokens the same total; ones if there is one kind only."""
+def check_mix(mix: float) -> float:
+    """The option; RecipeError unless both kinds of token get some weight."""
+    if not 0 < mix < 1:
+        raise RecipeError(f"option mix: {mix!r}, expected a share between 0 and 1")
+    return mix
+
+
+def balanced(image: Tensor, mix: float = 0.5) -> Tensor:
+    """Weights [tokens] with mean 1 of which image tokens have the share ``mix``; ones if there is one kind only."""
     ones = torch.ones(image.shape, dtype=torch.float32)
     count = int(image.sum())
     if count in (0, len(image)):
         return ones
-    half = len(image) / 2
-    return torch.where(image, half / count, half / (len(image) - count)).to(ones.dtype)
+    total, text = len(image), len(image) - count
+    return torch.where(image, mix * total / count, (1 - mix) * total / text).to(ones.dtype)

@@ -97,9 +97,10 @@ def test_token_weights_reach_the_loss(block: Block, monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setattr(fused, "BlockLoss", Spied)
     options = {"start": "nearest", "scales": "max", "sweeps": 0, "steps": 1, "batch": 1}
-    METHODS["fused"].quantize_block(block, recipe(weights="modality", **options), {})
-    ((first, *_),) = given
-    assert torch.equal(first, vlmq.balanced(block.image_masks[0].reshape(-1)))
+    for mix in (0.5, 0.25):
+        METHODS["fused"].quantize_block(block, recipe(weights="modality", mix=mix, **options), {})
+        assert torch.equal(given[-1][0], vlmq.balanced(block.image_masks[0].reshape(-1), mix))
+    assert len(given) == 2 and not torch.equal(given[0][0], given[1][0])
 
 
 def test_blocks_and_temper_follow_their_options(block: Block) -> None:

@@ -127,14 +127,25 @@ def test_temper_keeps_enough_tokens() -> None:
     generator = torch.Generator().manual_seed(0)
     heavy = [torch.rand(50, generator=generator).pow(8) + 1e-3 for _ in range(4)]
     for channels in (1, 10, 30, 45, 49):
-        found, temperature = importance.tempered(heavy, channels, range(4))
+        found, temperature = importance.tempered(heavy, channels, 4, range(4))
         assert importance.effective(found) >= importance.TOKENS_PER_CHANNEL * channels
         if temperature < 1:
             step = importance.TEMPERATURES[importance.TEMPERATURES.index(temperature) - 1]
             before = [c.pow(step) for c in heavy]
             assert importance.effective(before) < importance.TOKENS_PER_CHANNEL * channels
-    found, temperature = importance.tempered(heavy, 60, range(4))
+    found, temperature = importance.tempered(heavy, 60, 4, range(4))
     assert temperature == 0.0 and all(torch.equal(c, torch.ones(50)) for c in found)
+    # Two bits want twice the tokens: what is enough for twice the channels.
+    for channels in (2, 6, 20):
+        two, four = (
+            importance.tempered(heavy, n, b, range(4))
+            for n, b in ((channels, 2), (2 * channels, 4))
+        )
+        assert two[1] == four[1]
+    assert (
+        importance.tempered(heavy, 6, 2, range(4))[1]
+        < importance.tempered(heavy, 6, 3, range(4))[1]
+    )
 
 
 def test_rounding_noise_is_no_importance() -> None:

@@ -26,6 +26,8 @@ from qvlm.recipe import Recipe
         ("gptq", {"damping": -1}, "damping"),
         ("gptaq", {"alpha": 2.0}, "alpha"),
         ("vlmq", {"exponent": 3}, "option exponent: 3, expected 1 or 2"),
+        ("vlmq", {"mix": 1.0}, "option mix: 1.0, expected a share between 0 and 1"),
+        ("fused", {"mix": 0}, "option mix: 0, expected a share between 0 and 1"),
         ("q-vlm", {"partition": "none"}, "option partition: 'none'"),
         ("q-vlm", {"veo_batch": 0}, "option veo_batch: 0, expected at least 1"),
         ("q-vlm", {"search_samples": -1}, "option search_samples: -1, expected at least 0"),

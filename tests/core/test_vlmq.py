@@ -291,6 +291,9 @@ def test_modality_weights_balance() -> None:
     found = vlmq.balanced(image)
     assert found[image].sum() == found[~image].sum() == 4
     assert torch.equal(vlmq.balanced(torch.ones(4, dtype=torch.bool)), torch.ones(4))
+    # The share that the tokens have by their number is no weight at all.
+    assert torch.equal(vlmq.balanced(image, float(image.float().mean())), torch.ones(8))
+    assert vlmq.balanced(image, 0.125)[image].sum() == 1
 
 
 def test_weighted_statistics_win_where_the_weights_say() -> None:
