@@ -57,6 +57,7 @@ svg text.small{font-size:11.5px}
 .c5{fill:var(--c5);stroke:var(--c5)}
 .line{fill:none;stroke-width:1.6}
 .hollow{fill:var(--paper);stroke-width:1.6}
+.dotted{fill:var(--paper);stroke-width:1.8;stroke-dasharray:2 1.8}
 .seen{fill-opacity:.7}
 """
 

@@ -12,6 +12,7 @@ Json = Mapping[str, Any]
 
 # The reference among the rows: no divergence, so only a line.
 FLOAT = "float"
+_MARKS = ("seen", "hollow", "dotted")
 
 
 def tried_section(rows: Sequence[Json]) -> list[str]:
@@ -21,9 +22,9 @@ def tried_section(rows: Sequence[Json]) -> list[str]:
         return []
     reference = next((row for row in rows if row["method"] == FLOAT), None)
     methods = list(dict.fromkeys(str(row["method"]) for row in tried))
-    # Filled, then hollow: twice as many methods as colours can be told apart.
+    # Filled, hollow, dotted: three times as many methods as colours can be told apart.
     colours = {
-        name: f"{('seen', 'hollow')[k // COLOURS % 2]} c{k % COLOURS}"
+        name: f"{_MARKS[k // COLOURS % len(_MARKS)]} c{k % COLOURS}"
         for k, name in enumerate(methods)
     }
     parts = [
