@@ -47,11 +47,11 @@ def tiny_context(recipe: Recipe, samples: int = 3, **changes: object) -> Context
     return Context(model, adapter, tiny_samples(model, samples), recipe, formats)
 
 
-def with_outliers(context: Context) -> Context:
-    """Every 16th channel behind a norm of the decoder a hundred times larger, its columns smaller; in place."""
-    for point in points(context.model, context.adapter, "text", context.formats["text"]):
+def with_outliers(context: Context, component: str = "text") -> Context:
+    """Every 16th channel behind a norm of the component a hundred times larger, its columns smaller; in place."""
+    for point in points(context.model, context.adapter, component, context.formats[component]):
         if "norm" in point.source:
-            scale = torch.ones(384)
+            scale = torch.ones(len(context.model.get_parameter(f"{point.source}.weight")))
             scale[::16] = 0.01
             fold_scale(context.model, point, scale)
     return context

@@ -33,8 +33,11 @@ from qvlm.trials.job import Job
 LAYER = "model.language_model.layers.0"
 
 
-def recipe(format_name: str = "w4a16", method: str = "awq", **options: Any) -> Recipe:
-    return Recipe((LayerRule("text.*", named_format(format_name)),), method, options=options)
+def recipe(
+    format_name: str = "w4a16", method: str = "awq", component: str = "text", **options: Any
+) -> Recipe:
+    rule = LayerRule(f"{component}.*", named_format(format_name))
+    return Recipe((rule,), method, options=options)
 
 
 def quantized(context: Context) -> Job:
@@ -154,6 +157,16 @@ def test_less_is_lost_than_by_round_to_nearest(method: str, format_name: str) ->
     plain = replace(context, recipe=recipe(format_name, "rtn"))
     assert found < 0.5 * logits_error(plain, quantized(plain))
     assert float(state[f"exponent/{LAYER}.input_layernorm"]) > 0
+
+
+@pytest.mark.parametrize("method", ["awq", "mbq"])
+def test_less_is_lost_in_the_vision_tower_too(method: str) -> None:
+    """On all of its linears, the clip search on: nothing but image tokens, so nothing to balance."""
+    chosen = recipe("w8a8-static", method, "vision", grid=5)
+    context = with_outliers(tiny_context(chosen, 2), "vision")
+    found = logits_error(context, quantized(context))
+    plain = replace(context, recipe=replace(chosen, method="rtn", options={}))
+    assert found < 0.25 * logits_error(plain, quantized(plain))
 
 
 @pytest.mark.parametrize("format_name", ["w4a16", "w8a8", "w8a8-static"])

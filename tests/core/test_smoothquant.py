@@ -30,8 +30,10 @@ LAYER = "model.language_model.layers.0"
 NORM = f"{LAYER}.input_layernorm"
 
 
-def recipe(format_name: str = "w8a8-static", method: str = "smoothquant") -> Recipe:
-    return Recipe((LayerRule("text.*", named_format(format_name)),), method)
+def recipe(
+    format_name: str = "w8a8-static", method: str = "smoothquant", component: str = "text"
+) -> Recipe:
+    return Recipe((LayerRule(f"{component}.*", named_format(format_name)),), method)
 
 
 def test_scales_against_loops() -> None:
@@ -68,13 +70,16 @@ def test_statistics_are_those_of_the_inputs_and_columns() -> None:
         assert abs(float(found[channel]) - (x / w) ** 0.5) <= 2.0**-23 * (x / w) ** 0.5
 
 
+@pytest.mark.parametrize("component", ["text", "vision"])
 @pytest.mark.parametrize("format_name", ["w8a8-static", "w8a8"])
-def test_outlier_channels_cost_less_than_with_round_to_nearest(format_name: str) -> None:
+def test_outlier_channels_cost_less_than_with_round_to_nearest(
+    format_name: str, component: str
+) -> None:
     errors = {}
     for method in ("rtn", "smoothquant"):
-        context = with_outliers(tiny_context(recipe(format_name, method), 3))
-        job = Job.begin(context)
-        job.run_component("text", METHODS[method], {})
+        context = tiny_context(recipe(format_name, method, component), 3)
+        job = Job.begin(with_outliers(context, component))
+        job.run_component(component, METHODS[method], {})
         inputs = context.samples[0].model_inputs()
         with torch.no_grad():
             moved = job.model(**inputs).logits - context.model(**inputs).logits
