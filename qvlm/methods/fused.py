@@ -45,9 +45,8 @@ the block, fewer where the fitted samples would be gone through more than ``pass
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -61,118 +60,22 @@ from qvlm.capture import Stream, capture_stream
 from qvlm.checkpoint import QuantizedLinear
 from qvlm.curvature import end_curvature
 from qvlm.descent import coordinate_optima, descend, refit_scales, target
-from qvlm.errors import RecipeError
 from qvlm.hessian import Factored, Statistics
-from qvlm.methods import block_rounding, gptaq, gptq, vlmq
+from qvlm.methods import gptaq, gptq, vlmq
 from qvlm.methods.block_rounding import BlockLoss, gradient_solver, grid_solver
 from qvlm.methods.block_search import dependencies
+from qvlm.methods.fused_options import Settings
 from qvlm.methods.held_out import Best, split
 from qvlm.methods.method import Block, BlockResult, Context, State
 from qvlm.methods.rotate import AUTO
 from qvlm.methods.rtn import quantized_linear
 from qvlm.methods.stages import StagedLayer
 from qvlm.recipe import Recipe, WeightScheme
-from qvlm.scales import OBJECTIVES, column_importance, search_scales
-from qvlm.signed_rounding import Settings as Descent
+from qvlm.scales import column_importance, search_scales
 from qvlm.signed_rounding import SoftWeight
 
 # Samples on which the decoder's partition is decided.
 PARTITION_SAMPLES = 32
-
-
-@dataclass(frozen=True)
-class Settings:
-    """All options with their defaults; RecipeError on a value that makes no sense."""
-
-    weights: str = "uniform"
-    temper: float = 0.5
-    mix: float = 0.5  # image tokens' share of the weight under "modality"
-    scales: str = "conditional"
-    start: str = "residual"
-    alpha: str | float = "auto"
-    signed: bool = True  # scales of either sign, in formats that have them
-    damping: float = 0.01
-    shrinkage: float = 0.05
-    sweeps: int = 4
-    refits: int = 1
-    partition: str = "entropy"
-    depth: int = 3
-    solver: str = "gradient"
-    solver_bits: int = 3
-    loss: str = "output"
-    steps: int | None = None  # at most; None: see ``descent``
-    passes: float | None = None  # over the fitted samples, at most; None: see ``descent``
-    batch: int = 4
-    rate: float | None = None  # of the roundings; None: 1 / steps
-    scale_rate: float = 0.1  # of the scales, as a share of rate
-    every: int = 20
-
-    def __post_init__(self) -> None:
-        choices = {
-            "weights": ("curvature", "modality", "vlmq", "uniform"),
-            "scales": (*OBJECTIVES, "max"),
-            "start": ("gptq", "gptaq", "residual", "nearest"),
-            "partition": ("entropy", "fixed"),
-            "solver": ("gradient", "grid", "none"),
-            "loss": block_rounding.LOSSES,
-        }
-        for name, known in choices.items():
-            if getattr(self, name) not in known:
-                raise RecipeError(
-                    f"option {name}: {getattr(self, name)!r}, expected one of {', '.join(known)}"
-                )
-        for name in ("depth", "steps", "batch", "every", "passes"):
-            value = getattr(self, name)
-            if value is not None and not 1 <= value < math.inf:
-                raise RecipeError(f"option {name}: {value!r}, expected at least 1")
-        if self.steps is not None and not isinstance(self.steps, int):
-            raise RecipeError(f"option steps: {self.steps!r}, expected a whole number")
-        if self.rate is not None and not (
-            isinstance(self.rate, int | float) and 0 < self.rate < math.inf
-        ):
-            raise RecipeError(f"option rate: {self.rate!r}, expected a positive number")
-        for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
-            if getattr(self, name) < 0:
-                raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
-        vlmq.check_mix(self.mix)
-        _ = self.kernel  # refuses a damping that makes no sense
-
-    @staticmethod
-    def of(recipe: Recipe) -> Settings:
-        """The recipe's values over the defaults."""
-        gptaq.check_alpha(recipe)
-        names = {field.name for field in fields(Settings)}
-        return Settings(**{k: v for k, v in recipe.options.items() if k in names})
-
-    @property
-    def kernel(self) -> gptq.Settings:
-        """What GPTQ's sweep takes."""
-        return gptq.Settings(damping=self.damping)
-
-    def factored(self, fit: Statistics) -> Factored:
-        """The shrunk H with its factors."""
-        return self.kernel.factored(fit.hessian, self.shrinkage)
-
-    def descent(self, samples: int, bits: int, seed: int) -> Descent:
-        """Step 3's plan for so many samples and the fewest bits of a block: few samples are not gone through more than
-        ``passes`` times. 60 steps and 5 passes where none are given; 200 and 50 at two bits and fewer, where they pay.
-        """
-        fitted = len(split(samples)[0])
-        most, passes = (60, 5.0) if bits > 2 else (200, 50.0)
-        passes = passes if self.passes is None else self.passes
-        steps = max(1, min(self.steps or most, math.ceil(passes * fitted / self.batch)))
-        rate = self.rate or 1 / steps
-        return Descent(steps, self.batch, rate, rate * self.scale_rate, self.every, seed)
-
-    @property
-    def staged(self) -> bool:
-        """Is there anything behind the start, so that there is something to choose?"""
-        return self.scales != "max" or self.sweeps > 0
-
-    @property
-    def asymmetric(self) -> bool:
-        """Does the start aim at the float stream?"""
-        return self.start in ("gptaq", "residual")
 
 
 class Fused:

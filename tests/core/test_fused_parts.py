@@ -14,7 +14,7 @@ from tiny_blocks import tiny_block, tiny_context, tiny_stream
 from qvlm import affine
 from qvlm.descent import descend, target
 from qvlm.hessian import damped, factored, revive_dead, shrunk
-from qvlm.methods import METHODS, fused, gptq, vlmq
+from qvlm.methods import METHODS, block_rounding, fused, gptq, vlmq
 from qvlm.methods.block_rounding import BlockLoss
 from qvlm.methods.held_out import Best, split
 from qvlm.methods.method import Block
@@ -80,7 +80,7 @@ def test_the_loss_weighs_tokens(block: Block) -> None:
         with_first = [float(loss(weights, 0)) for loss in (plain, weighed, ones)]
         functions = plain.functions(weights)
         hidden = block.quant_inputs[0]
-        with fused.block_rounding.substituted(block.linears, functions):
+        with block_rounding.substituted(block.linears, functions):
             errors = (block.run(hidden, 0) - targets[0])[0].square().sum(-1)
     assert with_first[0] == with_first[2]
     assert with_first == pytest.approx([float(e.mean()) for e in (errors, errors * c, errors)])
