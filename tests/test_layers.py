@@ -45,7 +45,11 @@ ONLY_IN = {
 # before it is quantized).
 BRIDGES = {
     "export/qvlm_export/pipeline.py": {"qvlm.quantize", "qvlm.source"},
-    "export/qvlm_export/cli.py": {"qvlm.plan", "qvlm.trials.sensitivity_run", "qvlm.source"},
+    "export/qvlm_export/commands/export.py": {
+        "qvlm.plan",
+        "qvlm.trials.sensitivity_run",
+        "qvlm.source",
+    },
 }
 
 

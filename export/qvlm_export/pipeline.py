@@ -184,11 +184,18 @@ def _check(request: Request, out: Path, overwrite: bool) -> tuple[Target, ...]:
             f"format {', '.join(names)} runs in no engine, it can only be simulated. Export w4a16 or "
             "w8a8; `qvlm quantize` and `qvlm evaluate` measure the simulation."
         )
+    check_output(out, overwrite)
+    return tuple(named_target(name, request.variant) for name in request.targets)
+
+
+def check_output(out: Path, overwrite: bool) -> None:
+    """ExportError if ``out`` may not be written."""
+    if not out.name:
+        raise ExportError(f"{out}: no folder's name. Give one to write to.")
     if out.exists() and not overwrite:
         raise ExportError(f"{out}: exists. Give another folder, or --overwrite.")
     if not out.parent.is_dir():
         raise ExportError(f"{out.parent}: no such directory. Make it first.")
-    return tuple(named_target(name, request.variant) for name in request.targets)
 
 
 def _check_settings(request: Request, resumed: Path | None) -> None:

@@ -1,0 +1,1 @@
+"""Commands of ``qvlm-export`` that take a file of their own."""
