@@ -304,4 +304,10 @@ def test_an_existing_folder_is_not_replaced_unasked(
     before = (exported / "manifest.json").read_bytes()
     assert export_main([str(tiny_source), str(exported), "--method", "rtn"]) == 1
     assert "--overwrite" in one_line(capsys, "qvlm-export")
+    # A budget is not measured for a folder that may not be written.
+    assert export_main([str(tiny_source), str(exported), "--max-bits-per-weight", "9"]) == 1
+    assert "--overwrite" in one_line(capsys, "qvlm-export")
+    assert not exported.with_name(exported.name + ".sensitivity.json").exists()
+    assert export_main([str(tiny_source), "/", "--overwrite"]) == 1
+    assert "no folder's name" in one_line(capsys, "qvlm-export")
     assert (exported / "manifest.json").read_bytes() == before
