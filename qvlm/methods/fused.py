@@ -26,8 +26,8 @@ demo that was one token in a hundred, in the first layer, and an answer each.
 
 Token weights in H, D and the loss (``weights``) are off by default ("uniform"). "curvature": how much the answers move
 with each token of each linear's output (``curvature``), to the power ``temper``. "modality": image tokens have the
-share ``mix`` of all weight. "vlmq": ``methods.vlmq``'s factors for the attention's linears, in H and D only: q, k, v
-and o have factors of their own, so there is no one weight of a token for the output of a block.
+share ``mix`` of all weight. "vlmq": ``methods.vlmq``'s factors in H and D of the attention's linears, each its own; in
+the loss of a block, the mean of those of its last layer.
 
 What each stage is worth stands in README (three draws, four and three bits): most the rotation and the searched scales;
 shrinkage guards against single draws that lose; descent pays at three bits, joint rounding at three and fewer, at four
@@ -124,8 +124,7 @@ class Fused:
             report |= {key: state[key].tolist() for key in recorded if key in state}
         if not joint:
             return BlockResult(started.results, report)
-        last = list(block.layer_linears(block.stop - 1))[-1:]
-        weights = token_weights(block, last, settings, state) if last else None
+        weights = started.loss_weights()
         loss = BlockLoss(block, started.results, started.targets, weights, settings.loss)
         if settings.solver == "grid":
             chosen, report["solver"] = grid_solver(loss, started.soft)
@@ -187,7 +186,8 @@ class LayerByLayer:
     ``joint``: for step 3), the float block's outputs (``targets``) and a report row per linear."""
 
     def __init__(self, block: Block, settings: Settings, state: State, joint: bool) -> None:
-        self.settings, self.state, self.joint = settings, state, joint
+        self.block, self.settings, self.state, self.joint = block, settings, state, joint
+        self._factors: list[Sequence[Tensor]] = []  # VLMQ's, of the layer at work
         self.results: dict[str, QuantizedLinear] = {}
         self.soft: dict[str, SoftWeight] = {}
         self.rows: dict[str, dict[str, Any]] = {}
@@ -216,10 +216,12 @@ class LayerByLayer:
         if not self.settings.staged:  # one candidate only
             fit, held = list(range(len(block.quant_inputs))), []
         attention = self._attention(layer) if self.settings.weights == "vlmq" else None
+        self._factors = []
         for names in layer.stages:
             weights: Mapping[str, Sequence[Tensor]] | None
             if attention is not None:
                 weights = attention.token_weights(layer, names)
+                self._factors += (weights or {}).values()
             else:
                 shared = token_weights(block, names, self.settings, self.state)
                 weights = None if shared is None else dict.fromkeys(names, shared)
@@ -234,6 +236,14 @@ class LayerByLayer:
                 judge = judges[name] if held else None
                 self._linear(layer, name, found[name], factors[name], judge)
         return layer
+
+    def loss_weights(self) -> list[Tensor] | None:
+        """Weights [tokens] with mean 1 of every sample in the loss of the block; None for all alike."""
+        if self.settings.weights == "vlmq":
+            means = [torch.stack(c).mean(0) for c in zip(*self._factors, strict=True)]
+            return [c / c.mean() for c in means] or None
+        last = list(self.block.layer_linears(self.block.stop - 1))[-1:]
+        return token_weights(self.block, last, self.settings, self.state) if last else None
 
     def _attention(self, layer: StagedLayer) -> vlmq.AttentionSolver | None:
         """VLMQ's factors of the layer's attention; None without one."""

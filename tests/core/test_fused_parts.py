@@ -6,12 +6,14 @@ Run: python -m pytest tests/core/test_fused_parts.py -q
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from tiny_blocks import tiny_block, tiny_context, tiny_stream
 
-from qvlm import affine
+from qvlm import affine, importance
 from qvlm.descent import descend, target
 from qvlm.hessian import damped, factored, revive_dead, shrunk
 from qvlm.methods import METHODS, block_rounding, fused, gptq, vlmq
@@ -86,21 +88,55 @@ def test_the_loss_weighs_tokens(block: Block) -> None:
     assert with_first == pytest.approx([float(e.mean()) for e in (errors, errors * c, errors)])
 
 
-def test_token_weights_reach_the_loss(block: Block, monkeypatch: pytest.MonkeyPatch) -> None:
-    given: list[list[torch.Tensor]] = []
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The token weights of every block's loss."""
+    found: list[Any] = []
 
     class Spied(BlockLoss):
         def __init__(self, *args: object) -> None:
             super().__init__(*args)  # type: ignore[arg-type]
-            assert self.token_weights is not None
-            given.append(list(self.token_weights))
+            found.append(self.token_weights)
 
     monkeypatch.setattr(fused, "BlockLoss", Spied)
-    options = {"start": "nearest", "scales": "max", "sweeps": 0, "steps": 1, "batch": 1}
+    return found
+
+
+FAST: dict[str, Any] = {"start": "nearest", "scales": "max", "sweeps": 0, "steps": 1, "batch": 1}
+
+
+def test_token_weights_reach_the_loss(block: Block, given: list[Any]) -> None:
     for mix in (0.5, 0.25):
-        METHODS["fused"].quantize_block(block, recipe(weights="modality", mix=mix, **options), {})
+        METHODS["fused"].quantize_block(block, recipe(weights="modality", mix=mix, **FAST), {})
         assert torch.equal(given[-1][0], vlmq.balanced(block.image_masks[0].reshape(-1), mix))
     assert len(given) == 2 and not torch.equal(given[0][0], given[1][0])
+
+
+def test_vlmqs_factors_reach_the_loss(given: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of the factors that q, k, v and o are solved with; none where there is no attention."""
+    monkeypatch.setattr(importance, "TOKENS_PER_CHANNEL", 0.01)
+    solved: dict[str, list[torch.Tensor]] = {}
+    token_weights = vlmq.AttentionSolver.token_weights
+
+    def spy(*args: Any) -> Any:
+        found = token_weights(*args)
+        solved.update(found or {})
+        return found
+
+    monkeypatch.setattr(vlmq.AttentionSolver, "token_weights", spy)
+    block = tiny_block(tiny_stream("text", 2), "w3a16", error=0.1)
+    METHODS["fused"].quantize_block(block, recipe(weights="vlmq", **FAST), {})
+    assert len(solved) == 4
+    for sample, weights in enumerate(given[0]):
+        total = np.mean([c[sample].double().numpy() for c in solved.values()], axis=0)
+        # float32 sums of four.
+        np.testing.assert_allclose(weights.numpy(), total / total.mean(), rtol=4 * 2.0**-23)
+        assert weights.std() > 0.05
+    # The projector has none; w8a8, since 128 does not divide its inputs.
+    projector = tiny_block(tiny_stream("projector", 2), "w8a8")
+    options = {**FAST, "weights": "vlmq", "solver_bits": 8}
+    METHODS["fused"].quantize_block(projector, recipe(**options), {})
+    assert len(given) == 2 and given[1] is None
 
 
 def test_blocks_and_temper_follow_their_options(block: Block) -> None:
