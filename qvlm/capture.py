@@ -53,13 +53,14 @@ def build_sample(
     The answer's tokens are those after the longest common prefix with the prompt that asks for a generation.
     CalibrationError if a text holds the image token, or the processor is another model's.
     """
-    placeholder = processor.tokenizer.convert_ids_to_tokens(image_token_id)
-    for text in (prompt, answer):
-        if placeholder and placeholder in text:
-            raise CalibrationError(
-                f"question {text[:80]!r}: holds the image token {placeholder!r}, which the chat template writes. Leave "
-                'it out of the text and name the picture under "image".'
-            )
+    for kind in ("image_token", "video_token"):
+        placeholder = str(getattr(processor, kind, None) or "")  # BLIP-2's is no plain text
+        for text in (prompt, answer):
+            if placeholder and placeholder in text:
+                raise CalibrationError(
+                    f"question {text[:80]!r}: holds {placeholder!r}, which stands for pictures. Leave it out of the "
+                    'text and name the picture under "image".'
+                )
     asked = _tokenize(processor, images, _messages(images, prompt, None), True)
     ids = asked["input_ids"]
     prefix = ids.shape[1]

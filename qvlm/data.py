@@ -102,6 +102,12 @@ def evaluation(path: str | None, samples: int, seed: int) -> list[Question]:
             raise CalibrationError(
                 f'{Path(str(path)) / SAMPLES}: question {number} has no answer to compare with. Add an "answer".'
             )
+        accepted, options = (question.answer, *question.also), question.options
+        if options and all(chosen(answer, options) is None for answer in accepted):
+            raise CalibrationError(
+                f"{Path(str(path)) / SAMPLES}: question {number}: answer {question.answer!r} names none of its "
+                f"{len(options)} options, so that nothing could be right. Give an option's letter or its text."
+            )
     return _drawn(questions, samples, seed)
 
 
@@ -176,7 +182,7 @@ def _read_jsonl(folder: Path) -> list[Question]:
 def _question(folder: Path, line: str, where: str) -> Question:
     try:
         data = json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise CalibrationError(f"{where}: not JSON ({error})") from error
     try:
         json.dumps(data, ensure_ascii=False).encode()
@@ -199,11 +205,6 @@ def _question(folder: Path, line: str, where: str) -> Question:
     if len(options) > MOST_OPTIONS:
         raise CalibrationError(
             f"{where}: {len(options)} options, expected at most {MOST_OPTIONS}: each has a letter"
-        )
-    if options and answers and all(chosen(answer, options) is None for answer in answers):
-        raise CalibrationError(
-            f"{where}: answer {answers[0]!r} names none of the {len(options)} options, so that nothing could be right. "
-            "Give an option's letter or its text."
         )
     return Question(
         tuple(_inside(folder, name, where) for name in names),

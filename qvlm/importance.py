@@ -34,8 +34,8 @@ ROUNDING_NOISE = 2.0**-20
 # Bounds on factors, relative to their mean over a sample: Tukey's fences above, this below. A floor keeps H positive
 # definite in the directions that only unimportant tokens use.
 FLOOR = 0.1
-# Equally weighted tokens per input channel that the weights must leave; twice as many at two bits, whose larger moves
-# lean harder on H.
+# Equally weighted tokens per input channel that the weights must leave. A choice: fewer make H noisier than it is
+# better aimed. Twice as many at two bits is a choice too, and was not measured.
 TOKENS_PER_CHANNEL = 4.0
 # Exponents tried on the weights until they do.
 TEMPERATURES = (1.0, 0.75, 0.5, 0.25, 0.0)

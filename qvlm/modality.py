@@ -1,4 +1,5 @@
-"""Which tokens are image tokens while a model or a layer runs: what the simulation of ``w8a8-split`` asks.
+"""Which tokens are image tokens while a model or a layer runs: what the simulation of ``w8a8-split`` asks. And weights
+of tokens by their kind.
 
 A linear sees rows, not ids. Whoever runs it says which rows are image tokens: a stream from its masks
 (``capture.Stream``), a whole model from the ids it is given (``follow``).
@@ -11,7 +12,10 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 
+import torch
 from torch import Tensor, nn
+
+from qvlm.errors import RecipeError
 
 _image: ContextVar[Tensor | None] = ContextVar("image tokens", default=None)
 
@@ -61,3 +65,23 @@ def follow(model: nn.Module, image_token_id: int) -> None:
     if not any(isinstance(hook, _Follow) for hook in model._forward_pre_hooks.values()):
         model.register_forward_pre_hook(_Follow(image_token_id), with_kwargs=True)
         model.register_forward_hook(_forget, always_call=True)
+
+
+# -- weights
+
+
+def check_mix(mix: float) -> float:
+    """The option; RecipeError unless both kinds of token get some weight."""
+    if not 0 < mix < 1:
+        raise RecipeError(f"option mix: {mix!r}, expected a share between 0 and 1")
+    return mix
+
+
+def balanced(image: Tensor, mix: float = 0.5) -> Tensor:
+    """Weights [tokens] with mean 1 of which image tokens have the share ``mix``; ones if there is one kind only."""
+    ones = torch.ones(image.shape, dtype=torch.float32)
+    count = int(image.sum())
+    if count in (0, len(image)):
+        return ones
+    total, text = len(image), len(image) - count
+    return torch.where(image, mix * total / count, (1 - mix) * total / text).to(ones.dtype)

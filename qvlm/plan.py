@@ -154,6 +154,8 @@ def _check_patterns(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
     unused = set(unmatched(model, adapter, recipe))
     if asked and all(rule.pattern in unused for rule in asked):
         first = next(f"{c}.{name}" for c in COMPONENTS for name in adapter.linears(model, c))
+        if any(rule.pattern.startswith(EMBEDDING) for rule in asked):
+            first = f"{EMBEDDING}.{adapter.embeddings[0]}"
         raise RecipeError(
             f"no linear or embedding matches {', '.join(repr(rule.pattern) for rule in asked)}, so nothing would be "
             f"quantized. Patterns are matched on names like {first!r}."
@@ -174,8 +176,7 @@ def unmatched(model: nn.Module, adapter: Adapter, recipe: Recipe) -> tuple[str, 
 
 
 def _check_split(component: str, name: str, format_: Format) -> None:
-    scheme = format_.activations
-    if scheme is not None and scheme.granularity == "modality" and component != "text":
+    if format_.by_modality and component != "text":
         raise RecipeError(
             f"{name}: format {format_.name!r} tells image tokens from text, in component {component!r} all tokens are "
             "of one kind. Use w8a8-static there."

@@ -40,7 +40,7 @@ class WeightScheme:
     consecutive input columns. Symmetric integers are signed, in [-2^(bits-1), 2^(bits-1)-1]; ``symmetric=False``
     adds an integer zero point per scale (simulation only: no TensorRT release takes one, rule Q-01).
     ``signed_scales``: a scale may be negative, which puts the grid's longer side on the positive weights (simulation
-    only, rule Q-04); methods that search scales may use it.
+    only, rule Q-04); a method that searches scales may use it, as ``fused`` does.
     """
 
     bits: int
@@ -116,6 +116,11 @@ class Format:
     weights: WeightScheme | None
     activations: ActivationScheme | None = None
     deployable: bool = True
+
+    @property
+    def by_modality(self) -> bool:
+        """Does it tell image tokens from text? Only the decoder has both."""
+        return self.activations is not None and self.activations.granularity == "modality"
 
 
 FORMATS: dict[str, Format] = {
@@ -288,7 +293,7 @@ def load_recipe(name_or_file: str) -> Recipe:
         )
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not readable as JSON ({error})") from error
     if not isinstance(data, dict):
         raise RecipeError(f"{path}: a {type(data).__name__}, expected a JSON object")

@@ -74,7 +74,8 @@ class SoftWeight:
         """Scales like the start's, (b - z) s0 / s [out, in] and the integers, all float32."""
         qmin, qmax = affine.integer_range(self.bits)
         scale = affine.ste_float16(self.start.scale * (1 + self.stretch))
-        scale = scale.abs().clamp(min=affine.SMALLEST_SCALE) * self.start.scale.sign()
+        signs = self.start.scale.sign()
+        scale = (scale * signs).clamp(min=affine.SMALLEST_SCALE) * signs
         zero = self._spread(self.zero)
         position = (self.base - zero) * self._spread(self.start.scale / scale)
         return scale, position, torch.round(zero + position + self.offset).clamp(qmin, qmax)

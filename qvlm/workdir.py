@@ -57,10 +57,22 @@ class WorkDirectory:
         self._resume = resume
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise CheckpointError(f"{output}: exists. Give another directory or remove it.")
+        if self.path.exists() and not self._begun_by_us():
+            raise CheckpointError(
+                f"{self.path}: holds no state.json, so it is no interrupted run's work. Move it away, or give another "
+                "directory."
+            )
         if self.path.exists() and not resume:
             raise CheckpointError(
                 f"{self.path}: an interrupted run left work here. Continue it with --resume, or remove it."
             )
+
+    def _begun_by_us(self) -> bool:
+        """Is there a state, or nothing but what a run leaves that ended before it wrote one?"""
+        if not self.path.is_dir():
+            return False
+        names = {path.name for path in self.path.iterdir()}
+        return "state.json" in names or names <= {"state.json.partial"}
 
     def begin(self, identity: str) -> None:
         """Create or check the directory; ``identity`` is the digest of everything the result depends on."""
@@ -72,11 +84,6 @@ class WorkDirectory:
                     "same ones."
                 )
             return
-        if self.path.exists() and any(p.name != "state.json.partial" for p in self.path.iterdir()):
-            raise CheckpointError(
-                f"{self.path}: holds no state.json, so it is no interrupted run's work. Move it away, or give another "
-                "directory."
-            )
         self.path.mkdir(parents=True, exist_ok=True)
         dump_json(state, {"identity": identity})
 

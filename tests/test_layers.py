@@ -15,7 +15,12 @@ ROOT = Path(__file__).parent.parent
 OURS = {"qvlm", "qvlm_export", "qvlm_runtime", "qvlm_calib_data"}
 TORCH_FREE = {
     *("qvlm.recipe", "qvlm.checkpoint", "qvlm.errors", "qvlm.progress", "qvlm.data"),
-    *("qvlm.trials.budget", "qvlm.trials.allocation", "qvlm.commands.recipe"),
+    *(
+        "qvlm.trials.budget",
+        "qvlm.trials.allocation",
+        "qvlm.commands.command",
+        "qvlm.commands.recipe",
+    ),
 }
 
 # package root -> (of ours it may import, libraries it never imports)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 
-from qvlm.commands.command import Command, Json, cell, say, table
-from qvlm.commands.experiment import add_experiment_arguments, experiment, note, rows_kept
+from qvlm.commands.command import Command, Json, cell, note, say, table
+from qvlm.commands.experiment import add_experiment_arguments, experiment, rows_kept
 from qvlm.recipe import load_recipe
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 Json = dict[str, Any]
@@ -51,3 +53,21 @@ def say(arguments: argparse.Namespace, text: str) -> None:
     """Print for people; nothing with --json."""
     if not arguments.json:
         print(text)
+
+
+def note(line: str) -> None:
+    """A line for people beside the results."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def note_unmatched(patterns: Sequence[str], recipe: str = "the recipe") -> None:
+    """A note per pattern of a recipe that matches nothing."""
+    for pattern in patterns:
+        note(f"note: no linear or embedding matches {recipe}'s {pattern!r}")
+
+
+def rows_in(path: Path) -> str:
+    """What an interrupt says of the file of finished rows."""
+    if not path.exists():
+        return "No row was finished."
+    return f"Finished rows are in {path}; the same command continues."

@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 
-from qvlm.commands.command import Command, Json, say, table
-from qvlm.commands.experiment import add_experiment_arguments, experiment, note, rows_kept
+from qvlm.commands.command import Command, Json, note, note_unmatched, say, table
+from qvlm.commands.experiment import add_experiment_arguments, experiment, rows_kept
 from qvlm.commands.recipe import add_untie_argument
 
 
@@ -31,12 +31,24 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _compare(arguments: argparse.Namespace) -> Json:
     from qvlm.evaluate import scorer
-    from qvlm.trials.compare import HEADER, Case, compare, recipes, table_rows, task_rows
+    from qvlm.plan import unmatched
+    from qvlm.trials.compare import (
+        HEADER,
+        Case,
+        compare,
+        parse_format,
+        recipes,
+        table_rows,
+        task_rows,
+    )
     from qvlm.trials.judge import Judge
 
     wanted = recipes(arguments.formats, arguments.methods, arguments.untie)
     given = experiment(arguments)
     model = given.loaded.model
+    for name in dict.fromkeys(arguments.formats):
+        missed = unmatched(model, given.source.adapter, parse_format(name))
+        note_unmatched(missed, f"recipe {name}")
     case = Case(
         given.source,
         model,

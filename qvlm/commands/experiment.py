@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvlm.commands.command import rows_in
 from qvlm.progress import reporter
 
 if TYPE_CHECKING:
@@ -38,13 +38,6 @@ def rows_kept(arguments: argparse.Namespace) -> str:
     return rows_in(arguments.results)
 
 
-def rows_in(path: Path) -> str:
-    """What an interrupt says of the file of finished rows."""
-    if not path.exists():
-        return "No row was finished."
-    return f"Finished rows are in {path}; the same command continues."
-
-
 @dataclass(frozen=True)
 class Experiment:
     """What such a command works on: samples of each draw; questions and their samples."""
@@ -61,7 +54,9 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
     from qvlm.errors import CalibrationError
     from qvlm.quantize import build_samples
     from qvlm.source import load, open_source, require_float
+    from qvlm.trials.results import check_folder
 
+    check_folder(arguments.results)
     if arguments.draws < 1:
         raise CalibrationError(f"{arguments.draws} draws, expected at least 1")
     source, progress = open_source(arguments.source), reporter()
@@ -70,17 +65,22 @@ def experiment(arguments: argparse.Namespace) -> Experiment:
     seeds = range(arguments.seed, arguments.seed + arguments.draws)
     drawn = [calibration(arguments.calib, arguments.samples, seed) for seed in seeds]
     refuse_overlap((question for draw in drawn for question in draw), questions)
-    for seed, draw in zip(seeds[1:], drawn[1:], strict=True):
-        if draw == drawn[0]:
-            raise CalibrationError(
-                f"draws {seeds[0]} and {seed} are the same {len(draw)} samples, so that {arguments.draws} draws would "
-                f"show no spread. Give --draws 1, fewer than {len(draw)} --samples, or more to draw from."
-            )
+    _refuse_one_draw(drawn, arguments.samples)
     loaded = load(source, progress)
     draws = [build_samples(loaded, source.adapter, draw, progress) for draw in drawn]
     asked = build_samples(loaded, source.adapter, questions, progress)
     return Experiment(source, loaded, draws, questions, asked)
 
 
-def note(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
+def _refuse_one_draw(drawn: list[list[Question]], wanted: int) -> None:
+    """CalibrationError if two draws are the same samples: their spread would say nothing."""
+    from qvlm.errors import CalibrationError
+
+    for later, draw in enumerate(drawn):
+        for earlier in range(later):
+            if draw == drawn[earlier]:
+                hint = f"--samples below {wanted}, " if wanted > 1 else ""
+                raise CalibrationError(
+                    f"draws {earlier + 1} and {later + 1} are the same {len(draw)} samples. Give --draws {later}, "
+                    f"{hint}or more questions to draw from."
+                )

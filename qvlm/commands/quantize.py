@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 
 from qvlm.checkpoint import Checkpoint
-from qvlm.commands.command import Command, Json, say, table
-from qvlm.commands.experiment import note
+from qvlm.commands.command import Command, Json, note_unmatched, say, table
 from qvlm.commands.recipe import add_recipe_arguments, recipe_of
 from qvlm.commands.sizes import size_rows, size_table
 from qvlm.progress import reporter
@@ -42,11 +41,11 @@ def _quantize(arguments: argparse.Namespace) -> Json:
         from qvlm.trials.sensitivity_run import Settings, recipe_within
 
         file = sensitivity_file(arguments, arguments.output)
+        file.parent.mkdir(parents=True, exist_ok=True)
         settings = Settings(calib=arguments.calib)
         recipe = recipe_within(source, recipe, budget, file, settings, reporter()).recipe
     planned = plan(source, recipe)
-    for pattern in planned.unmatched:
-        note(f"note: no linear or embedding matches the recipe's {pattern!r}")
+    note_unmatched(planned.unmatched)
     if arguments.dry_run:
         rows = [
             (

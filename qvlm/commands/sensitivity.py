@@ -7,8 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from qvlm.checkpoint import dump_json
-from qvlm.commands.command import Command, Json, say, table
-from qvlm.commands.experiment import note, rows_in
+from qvlm.commands.command import Command, Json, note, rows_in, say, table
 from qvlm.commands.recipe import add_untie_argument
 from qvlm.errors import CalibrationError
 from qvlm.progress import reporter
@@ -51,17 +50,21 @@ def _sensitivity_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _sensitivity(arguments: argparse.Namespace) -> Json:
+    from qvlm.trials.results import check_folder
     from qvlm.trials.sensitivity_run import SensitivityRun, Settings
 
+    check_folder(arguments.output)
     if arguments.write_recipe.resolve() == arguments.output.resolve():
         raise CalibrationError(
             f"{arguments.output}: --output and --write-recipe name one file. Give the recipe another."
         )
     budget = budget_of(arguments)
-    if budget is not None and arguments.write_recipe.exists():
-        raise CalibrationError(
-            f"{arguments.write_recipe}: exists. Give the recipe another name with --write-recipe, or remove it."
-        )
+    if budget is not None:
+        check_folder(arguments.write_recipe)
+        if arguments.write_recipe.exists():
+            raise CalibrationError(
+                f"{arguments.write_recipe}: exists. Give the recipe another name with --write-recipe, or remove it."
+            )
     settings = Settings(
         tuple(arguments.formats),
         arguments.method,

@@ -54,7 +54,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from qvlm import affine, entropy
+from qvlm import affine, entropy, modality
 from qvlm.affine import QuantizedWeight
 from qvlm.capture import Stream, capture_stream
 from qvlm.checkpoint import QuantizedLinear
@@ -161,7 +161,7 @@ def token_weights(
 ) -> list[Tensor] | None:
     """Weights [tokens] with mean 1 of every sample for linears that share their input; None for all alike."""
     if settings.weights == "modality":
-        return [vlmq.balanced(mask.reshape(-1), settings.mix) for mask in block.image_masks]
+        return [modality.balanced(mask.reshape(-1), settings.mix) for mask in block.image_masks]
     if settings.weights != "curvature" or not settings.temper:
         return None
     found = [

@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, fields
 
+from qvlm import modality
 from qvlm.errors import RecipeError
 from qvlm.hessian import Factored, Statistics
-from qvlm.methods import block_rounding, gptaq, gptq, vlmq
+from qvlm.methods import block_rounding, gptaq, gptq
 from qvlm.methods.held_out import split
 from qvlm.recipe import Recipe
 from qvlm.scales import OBJECTIVES
@@ -68,7 +69,7 @@ class Settings:
         for name in ("temper", "shrinkage", "sweeps", "refits", "scale_rate"):
             if getattr(self, name) < 0:
                 raise RecipeError(f"option {name}: {getattr(self, name)!r}, expected 0 or more")
-        vlmq.check_mix(self.mix)
+        modality.check_mix(self.mix)
         _ = self.kernel  # refuses a damping that makes no sense
 
     @staticmethod

@@ -158,7 +158,7 @@ def _check_numbers(options: Mapping[str, Any]) -> None:
 def _refuse_split(context: Context) -> None:
     for formats in context.formats.values():
         for name, format_ in formats.items():
-            if format_.activations is not None and format_.activations.granularity == "modality":
+            if format_.by_modality:
                 raise RecipeError(
                     f"{name}: q-vlm searches one range per input, format {format_.name!r} has one for each kind of "
                     "token. Use another method or format."

@@ -16,6 +16,7 @@ per layer and sample for each of these, otherwise one pass over the weights.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -117,7 +118,9 @@ def searched_scales(block: Block, index: int, hidden: list[Tensor]) -> dict[str,
     for name, sums in energy.items():
         scheme = block.formats[name].weights
         assert scheme is not None
-        found[name] = search_scales(linears[name].weight, scheme, sums)
+        # A positive scale in every format: what the baseline is in engines, it is in simulation.
+        positive = replace(scheme, signed_scales=False)
+        found[name] = search_scales(linears[name].weight, positive, sums)
     return found
 
 

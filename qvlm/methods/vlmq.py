@@ -41,7 +41,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from qvlm import importance
+from qvlm import importance, modality
 from qvlm.errors import RecipeError
 from qvlm.importance import Attention
 from qvlm.methods import gptaq, gptq
@@ -95,7 +95,7 @@ class Settings:
             int(options["exponent"]),
             tuple(candidates),
             options["scope"],
-            check_mix(options["mix"]),
+            modality.check_mix(options["mix"]),
         )
 
 
@@ -215,7 +215,7 @@ class AttentionSolver:
         if rule == "blend":
             return [0.5 + 0.5 * g.pow(p) for g in factors]
         mix = self.settings.mix
-        return [balanced(mask.reshape(-1), mix) for mask in self.layer.block.image_masks]
+        return [modality.balanced(mask.reshape(-1), mix) for mask in self.layer.block.image_masks]
 
     def _tempered(
         self, name: str, weights: Sequence[Tensor], samples: Sequence[int]
@@ -305,20 +305,3 @@ class AttentionSolver:
             report["held_out_error"] = errors
         self.layer, rows = self.solve(report["rule"], range(self.count))
         return report, rows
-
-
-def check_mix(mix: float) -> float:
-    """The option; RecipeError unless both kinds of token get some weight."""
-    if not 0 < mix < 1:
-        raise RecipeError(f"option mix: {mix!r}, expected a share between 0 and 1")
-    return mix
-
-
-def balanced(image: Tensor, mix: float = 0.5) -> Tensor:
-    """Weights [tokens] with mean 1 of which image tokens have the share ``mix``; ones if there is one kind only."""
-    ones = torch.ones(image.shape, dtype=torch.float32)
-    count = int(image.sum())
-    if count in (0, len(image)):
-        return ones
-    total, text = len(image), len(image) - count
-    return torch.where(image, mix * total / count, (1 - mix) * total / text).to(ones.dtype)

@@ -140,7 +140,8 @@ def choices(units: Sequence[Unit], rows: Sequence[Json]) -> dict[str, list[Choic
                 raise RecipeError(
                     f"sensitivities: none for {unit.key} at {name}. Measure this model in these formats first."
                 )
-            if named_format(name).deployable:
+            # A format that overflows measures no number: it is no choice.
+            if named_format(name).deployable and math.isfinite(row["kl"]):
                 found[unit.key].append(Choice(name, unit.nbytes(name), row["kl"]))
     return found
 
@@ -199,8 +200,11 @@ def rules(units: Sequence[Unit], formats: Mapping[str, str]) -> tuple[LayerRule,
         by_component[unit.component].append(unit)
     found: list[LayerRule] = []
     for component, mine in by_component.items():
-        if component == EMBEDDING:
-            found += [LayerRule(u.key, named_format(formats[u.key])) for u in mine]
+        # An embedding, and a linear that is a layer of its own (a head, a projection), is named itself.
+        single = [u for u in mine if component == EMBEDDING or u.name in u.shapes]
+        found += [LayerRule(u.key, named_format(formats[u.key])) for u in single]
+        mine = [u for u in mine if u not in single]
+        if not mine:
             continue
         usual = Counter(formats[unit.key] for unit in mine).most_common(1)[0][0]
         others: dict[str, list[str]] = defaultdict(list)

@@ -16,8 +16,7 @@ class Results:
 
     def __init__(self, path: Path | None, identity: Json) -> None:
         self.path, self.identity, self.rows = path, identity, list[Json]()
-        if path is not None and not path.parent.is_dir():
-            raise CalibrationError(f"{path}: there is no folder {path.parent}. Make it first.")
+        check_folder(path)
         if path is not None and path.exists():
             data = load_json(path)
             if data.get("identity") != identity:
@@ -36,6 +35,12 @@ class Results:
         self.rows.append(row)
         if self.path is not None:
             dump_json(self.path, {"identity": self.identity, "rows": self.rows})
+
+
+def check_folder(path: Path | None) -> None:
+    """CalibrationError if a file to write has no folder to be in."""
+    if path is not None and not path.parent.is_dir():
+        raise CalibrationError(f"{path}: there is no folder {path.parent}. Make it first.")
 
 
 def rows_of(path: Path, data: Json) -> list[Json]:

@@ -109,7 +109,9 @@ def units(
                 if name == layer or name.startswith(layer + ".")
             }
             if shapes:
-                possible = [f for f in formats if _possible(component, named_format(f))]
+                possible = [
+                    f for f in formats if component == "text" or not named_format(f).by_modality
+                ]
                 fits = _fitting(shapes, possible, min_blocks)
                 found.append(Unit(component, layer, shapes, fits))
     for name, module in embedding.modules(model, adapter).items():
@@ -117,12 +119,6 @@ def units(
         known = embedding.candidates(module)
         found.append(Unit(EMBEDDING, name, shapes, _fitting(shapes, known, min_blocks)))
     return found
-
-
-def _possible(component: str, format_: Format) -> bool:
-    """Outside the decoder all tokens are of one kind: nothing to tell apart there."""
-    scheme = format_.activations
-    return component == "text" or scheme is None or scheme.granularity != "modality"
 
 
 def _fitting(

@@ -157,6 +157,16 @@ def row(unit: Unit, format_name: str, kl: float) -> dict[str, object]:
     return {**key, "format": format_name, "kl": kl, "parameters": unit.parameters}
 
 
+def test_a_format_that_overflows_is_no_choice() -> None:
+    unit = layer("text", 0)
+    rows = [row(unit, "w4a16", float("nan")), row(unit, "w8a8", 0.01)]
+    parameters = unit.parameters
+    found = solve([unit], rows, parameters, Budget(bits_per_weight=9), Recipe((), "gptq"))
+    assert found.kl == 0.01
+    with pytest.raises(RecipeError, match="smallest formats make"):
+        solve([unit], rows, parameters, Budget(bits_per_weight=5), Recipe((), "gptq"))
+
+
 def test_the_budget_is_of_the_whole_model() -> None:
     """Two layers, 1000 weights that stay float: the second layer is the one worth 8 bits."""
     units = [layer("text", 0), layer("text", 1)]

@@ -61,7 +61,7 @@ def test_a_sample_is_what_the_template_says(samples: list[Sample]) -> None:
 
 @pytest.mark.parametrize("texts", [("What <image>?", "cat"), ("What?", "a <image>")])
 def test_the_image_token_in_a_text_is_refused(loaded: Loaded, texts: tuple[str, str]) -> None:
-    with pytest.raises(CalibrationError, match="holds the image token '<image>'"):
+    with pytest.raises(CalibrationError, match="holds '<image>', which stands for pictures"):
         build_sample(loaded.processor, [picture(0)], *texts, IMAGE_TOKEN)
 
 

@@ -188,3 +188,15 @@ def test_goldens_of_an_earlier_version_are_one_line(tiny_checkpoint: Path, tmp_p
     np.savez(tmp_path / "goldens.npz", **kept)
     with pytest.raises(CheckpointError, match=r"0\.image_sizes .*Quantize again\.$"):
         read_goldens(tmp_path / "goldens.npz")
+
+
+def test_a_negative_scale_is_kept(tmp_path: Path) -> None:
+    scheme = FORMATS["w2a16"]
+    integers = np.random.default_rng(0).integers(-2, 2, (4, 256), np.int8)
+    scale = np.float32([[0.5, -0.25], [-1, 2], [-2, -0.125], [1, 1]])
+    writer = CheckpointWriter(tmp_path)
+    writer.add_linear("text", "a", QuantizedLinear(integers, scale, scheme))
+    writer.close({}, Recipe(()), {})
+    found = Checkpoint(tmp_path).linear("a")
+    assert found is not None and np.array_equal(found.scale, scale)
+    assert np.array_equal(found.dequantize()[1, :128], -1.0 * integers[1, :128])

@@ -17,6 +17,7 @@ from tiny_source import picture, tiny_questions
 
 from qvlm import cli
 from qvlm.checkpoint import Checkpoint
+from qvlm.data import calibration
 from qvlm.errors import CalibrationError, RecipeError
 from qvlm.evaluate import load_quantized, scorer, sizes
 from qvlm.quantize import build_samples, quantize
@@ -267,6 +268,11 @@ def test_the_command(
         "peak_mb",
     }
     assert all(wanted <= set(row) for row in result["rows"]) and len(result["rows"]) == 2
+    odd = tmp_path / "odd.json"
+    rules = [{"pattern": p, "format": "w8a8"} for p in ("txt.*", "text.*")]
+    odd.write_text(json.dumps({"schema": 1, "rules": rules}))
+    assert cli.main([*command, "--formats", str(odd)]) == 0
+    assert f"no linear or embedding matches recipe {odd}'s 'txt.*'" in capsys.readouterr().err
     assert cli.main(command) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split()[:3] == ["format", "method", "KL"]
@@ -278,10 +284,19 @@ def test_draws_that_are_one_draw_are_refused(
     tiny_source: Path, folders: tuple[str, str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     calib, asked = folders
-    command = ["compare", str(tiny_source), "--calib", calib, "--eval", asked, "--samples", "3"]
-    assert cli.main([*command, "--draws", "2"]) == 1
+    command = ["compare", str(tiny_source), "--calib", calib, "--eval", asked, "--samples"]
+    assert cli.main([*command, "3", "--draws", "2"]) == 1
     captured = capsys.readouterr()
-    assert "draws 0 and 1 are the same 3 samples" in captured.err and captured.err.count("\n") == 1
+    assert "draws 1 and 2 are the same 3 samples" in captured.err and captured.err.count("\n") == 1
+    # Three draws of two out of three cannot all differ for every seed: any two are looked at.
+    for seed in range(9):
+        drawn = [calibration(calib, 2, s) for s in range(seed, seed + 3)]
+        twins = [(i, j) for j in range(3) for i in range(j) if drawn[i] == drawn[j]]
+        if twins and (0, 1) not in twins:
+            break
+    first, second = twins[0]
+    assert cli.main([*command, "2", "--draws", "3", "--seed", str(seed)]) == 1
+    assert f"draws {first + 1} and {second + 1} are the same" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("content", ['{"rows": {}}', '{"rows": [1]}', "{}"])

@@ -80,10 +80,7 @@ def test_a_draw_is_fixed_by_its_seed_and_keeps_order(tmp_path: Path) -> None:
         ([{"image": "9\0.png", "prompt": "a"}], "not a file's name"),
         (['{"prompt": "\\ud800"}'], "line 1: half of a character"),
         (["[" * 100_000], "line 1: not JSON"),
-        (
-            [{"prompt": "a", "answer": "c", "options": ["x", "y"]}],
-            "answer 'c' names none of the 2 options",
-        ),
+        (['{"prompt": "a", "n": ' + "9" * 5000 + "}"], "line 1: not JSON"),
         (
             [{"prompt": "a", "answer": "a", "options": ["x"] * 27}],
             "27 options, expected at most 26",
@@ -144,6 +141,12 @@ def test_evaluation_needs_answers_and_lines(tmp_path: Path) -> None:
         )
     with pytest.raises(CalibrationError, match="question 1 has no answer to compare with"):
         evaluation(str(folder(tmp_path / "e", {"prompt": "a", "answer": ""})), 9, 0)
+    chosen = folder(tmp_path / "o", {"prompt": "a", "answer": "c", "options": ["x", "y"]})
+    with pytest.raises(
+        CalibrationError, match="question 1: answer 'c' names none of its 2 options"
+    ):
+        evaluation(str(chosen), 9, 0)
+    assert calibration(str(chosen), 9, 0)[0].answer == "c"  # nothing has to be right there
     with pytest.raises(CalibrationError, match=r"nothing to read, expected samples.jsonl"):
         evaluation(str(folder(tmp_path / "b")), 9, 0)
 

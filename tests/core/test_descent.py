@@ -202,3 +202,14 @@ def test_beats_gptq_and_round_to_nearest_on_held_out_tokens(bits: int) -> None:
         found = descend(swept, weight.double(), damped(hessian, 0.01), bits, 10)
         errors = [float(error(q, weight.double(), held).sum()) for q in (found, swept, nearest)]
         assert errors[0] < errors[1] < errors[2]
+
+
+def test_a_scale_that_would_change_its_sign_stays() -> None:
+    """Integers q of scale 1 for a target of -q / 2: least squares says -1/2, which is another grid."""
+    integers = torch.tensor([[1, -2, 1, 0]], dtype=torch.int8)
+    for sign in (1.0, -1.0):
+        begin = QuantizedWeight(integers, torch.full((1, 1), sign))
+        wanted = -0.5 * sign * integers.double()
+        assert torch.equal(refit_scales(begin, wanted, torch.eye(4).double()).scale, begin.scale)
+        fitted = refit_scales(begin, -wanted, torch.eye(4).double())
+        assert fitted.scale.item() == 0.5 * sign

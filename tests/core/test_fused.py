@@ -265,3 +265,20 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
     block = tiny_block(tiny_stream("projector", 1), "w8a8")
     with pytest.raises(RecipeError, match=message):
         quantized(block, "fused", "w8a8", **options)
+
+
+@pytest.mark.parametrize(
+    ("format_name", "signed"), [("w2a16", True), ("w3a16", True), ("w4a16", False)]
+)
+def test_scales_have_either_sign_where_no_engine_runs_the_format(
+    format_name: str, signed: bool
+) -> None:
+    block = tiny_block(tiny_stream("text", 3), format_name, error=0.1)
+    for options, expected in (({}, signed), ({"signed": False}, False)):
+        found = quantized(block, "fused", solver="none", **options).linears
+        negative = np.mean([float((q.scale < 0).mean()) for q in found.values()])
+        # Either tail of a group is the longer one as often as not.
+        assert 0.3 < negative < 0.7 if expected else negative == 0
+        for name, one in found.items():
+            simulated = FakeQuantLinear.from_quantized(one, block.linears[name].bias)
+            assert np.array_equal(simulated.weight.numpy(), one.dequantize())

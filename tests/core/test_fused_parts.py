@@ -6,6 +6,7 @@ Run: python -m pytest tests/core/test_fused_parts.py -q
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import torch
 from tiny_blocks import tiny_block, tiny_context, tiny_stream
 
-from qvlm import affine, importance
+from qvlm import affine, importance, modality
 from qvlm.descent import descend, target
 from qvlm.hessian import damped, factored, revive_dead, shrunk
 from qvlm.methods import METHODS, block_rounding, fused, gptq, vlmq
@@ -108,12 +109,12 @@ FAST: dict[str, Any] = {"start": "nearest", "scales": "max", "sweeps": 0, "steps
 def test_token_weights_reach_the_loss(block: Block, given: list[Any]) -> None:
     for mix in (0.5, 0.25):
         METHODS["fused"].quantize_block(block, recipe(weights="modality", mix=mix, **FAST), {})
-        assert torch.equal(given[-1][0], vlmq.balanced(block.image_masks[0].reshape(-1), mix))
+        assert torch.equal(given[-1][0], modality.balanced(block.image_masks[0].reshape(-1), mix))
     assert len(given) == 2 and not torch.equal(given[0][0], given[1][0])
 
 
 def test_vlmqs_factors_reach_the_loss(given: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean of the factors that q, k, v and o are solved with; none where there is no attention."""
+    """The mean of the factors of the last layer's q, k, v and o; none where there is no attention."""
     monkeypatch.setattr(importance, "TOKENS_PER_CHANNEL", 0.01)
     solved: dict[str, list[torch.Tensor]] = {}
     token_weights = vlmq.AttentionSolver.token_weights
@@ -124,9 +125,15 @@ def test_vlmqs_factors_reach_the_loss(given: list[Any], monkeypatch: pytest.Monk
         return found
 
     monkeypatch.setattr(vlmq.AttentionSolver, "token_weights", spy)
-    block = tiny_block(tiny_stream("text", 2), "w3a16", error=0.1)
+    stream = tiny_stream("text", 2)
+    first, second = (tiny_block(stream, "w3a16", error=0.1, layer=i) for i in (0, 1))
+    linears, formats = (
+        {**a, **b} for a, b in ((first.linears, second.linears), (first.formats, second.formats))
+    )
+    block = replace(first, stop=2, linears=linears, formats=formats)
     METHODS["fused"].quantize_block(block, recipe(weights="vlmq", **FAST), {})
-    assert len(solved) == 4
+    assert len(solved) == 8
+    solved = {name: c for name, c in solved.items() if name in second.linears}  # the last layer's
     for sample, weights in enumerate(given[0]):
         total = np.mean([c[sample].double().numpy() for c in solved.values()], axis=0)
         # float32 sums of four.

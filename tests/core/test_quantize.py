@@ -163,9 +163,19 @@ def test_resume_leaves_what_is_not_its_own(tiny_source: Path, tmp_path: Path) ->
     mine = tmp_path / "out.partial" / "mine.txt"
     mine.parent.mkdir()
     mine.write_text("mine")
-    with pytest.raises(CheckpointError, match=r"out.partial: holds no state.json"):
-        run(tiny_source, tmp_path / "out", RECIPES["w8a8"], resume=True)
+    for resume in (True, False):
+        with pytest.raises(CheckpointError, match=r"out.partial: holds no state.json"):
+            run(tiny_source, tmp_path / "out", RECIPES["w8a8"], resume=resume)
     assert mine.read_text() == "mine"
+    # What a run leaves that ended before it wrote its state is its own.
+    mine.unlink()
+    (tmp_path / "out.partial" / "state.json.partial").touch()
+    with pytest.raises(CheckpointError, match="Continue it with --resume"):
+        run(tiny_source, tmp_path / "out", RECIPES["w8a8"])
+    assert run(tiny_source, tmp_path / "out", RECIPES["w8a8"], resume=True).is_dir()
+    (tmp_path / "file.partial").touch()
+    with pytest.raises(CheckpointError, match=r"file.partial: holds no state.json"):
+        run(tiny_source, tmp_path / "file", RECIPES["w8a8"], resume=True)
 
 
 def test_an_output_that_exists_is_left_alone(tiny_source: Path, tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
+from tiny_blocks import tiny_block, tiny_stream
 from tiny_models import prompts, tiny_llava
 
 from qvlm.capture import Sample, capture_stream, linear_inputs
@@ -113,3 +114,10 @@ def test_static_activations_need_a_range() -> None:
         round_to_nearest(torch.ones(2, 4), FORMATS["w8a8-static"])
     with pytest.raises(ValueError, match="quantizes no weight"):
         round_to_nearest(torch.ones(2, 4), FORMATS["float"])
+
+
+def test_searched_scales_are_positive_at_two_bits_too() -> None:
+    block = tiny_block(tiny_stream("text", 1), "w2a16")
+    plan = Recipe((), "rtn", options={"scales": "search"})
+    found = METHODS["rtn"].quantize_block(block, plan, {}).linears
+    assert all((linear.scale > 0).all() for linear in found.values())

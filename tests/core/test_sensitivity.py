@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from tiny_families import FAMILIES, write_source
 from tiny_models import tiny_llava
 from tiny_source import picture, tiny_processor, tiny_questions
 
@@ -22,11 +23,12 @@ from qvlm.errors import CalibrationError
 from qvlm.methods import Context
 from qvlm.methods.rtn import round_to_nearest
 from qvlm.models import ADAPTERS
-from qvlm.plan import plan
+from qvlm.plan import plan, unmatched
 from qvlm.quantize import build_samples
 from qvlm.recipe import FORMATS, Recipe, load_recipe
-from qvlm.source import Loaded, open_source
+from qvlm.source import Loaded, open_source, skeleton
 from qvlm.trials import practice, sensitivity
+from qvlm.trials.budget import rules
 from qvlm.trials.job import Job
 from qvlm.trials.judge import Judge
 from qvlm.trials.results import Results
@@ -200,14 +202,26 @@ def test_files_that_are_no_results_of_ours_are_left_alone(
     assert "recipe.json: exists" in capsys.readouterr().err and not output.exists()
     assert cli.main(command) == 0 and recipe.read_text() == "edited"
     whole = json.loads(output.read_text())
-    for change in ({"rows": 3}, {"identity": {}}, {"rows": [{**whole["rows"][0], "kl": None}]}):
-        output.write_text(json.dumps({**whole, **change}))
+    named = whole["identity"]
+    for change, said_of in (
+        ({"rows": 3}, "no rows of an experiment"),
+        ({"identity": {}}, "not a file of `qvlm sensitivity`"),
+        ({"identity": {**named, "formats": [["x"]]}}, "not a file of"),
+        ({"identity": {**named, "formats": ["float"]}}, "not a file of"),
+        ({"rows": [{**whole["rows"][0], "kl": None}]}, "not a file of"),
+    ):
+        damaged = json.dumps({**whole, **change})
+        output.write_text(damaged)
         capsys.readouterr()
         quantize = ["quantize", str(tiny_source), str(tmp_path / "out"), "--dry-run"]
         quantize += ["--max-bits-per-weight", "9", "--sensitivity", str(output)]
         assert cli.main(quantize) == 1
         said = capsys.readouterr().err
-        assert "sensitivity.json: no" in said and said.count("\n") == 1
+        assert f"sensitivity.json: {said_of}" in said and said.count("\n") == 1
+        assert output.read_text() == damaged
+    for option in ("--output", "--write-recipe"):
+        assert cli.main([*command, "--max-memory", "9MB", option, str(tmp_path / "no" / "x")]) == 1
+        assert "there is no folder" in capsys.readouterr().err
 
 
 def test_formats_by_kind_of_token_are_tried_in_the_decoder_only(
@@ -258,3 +272,16 @@ def test_the_command_solves_a_budget_and_quantize_reads_its_file(
     assert cli.main([*command, "--formats", "float"]) == 1
     assert "none of a linear" in capsys.readouterr().err
     assert sensitivity.HELD_OUT_EVERY == 4
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_budgets_rules_give_every_weight_its_format(family: str, tmp_path: Path) -> None:
+    source = open_source(str(write_source(family, tmp_path / "source")))
+    model = skeleton(source.directory)
+    every = units(model, source.adapter, ("w4a16-g32", "w8a8"), 1)
+    formats = {u.key: ("float", *u.formats)[i % (1 + len(u.formats))] for i, u in enumerate(every)}
+    recipe = Recipe(rules(every, formats))
+    for unit in every:
+        for name in unit.shapes:
+            assert recipe.format_of(unit.component, name).name == formats[unit.key], name
+    assert unmatched(model, source.adapter, recipe) == ()

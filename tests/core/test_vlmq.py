@@ -14,7 +14,7 @@ import pytest
 import torch
 from tiny_blocks import attention_of, attention_outputs, tiny_block, tiny_stream
 
-from qvlm import importance
+from qvlm import importance, modality
 from qvlm.affine import dequantize, quantize_weight
 from qvlm.errors import RecipeError
 from qvlm.fakequant import FakeQuantLinear, substituted
@@ -286,14 +286,37 @@ def test_the_exponent_is_applied_to_the_factors(text_block: Block, exponent: int
         assert torch.equal(blend, 0.5 + 0.5 * g**exponent)
 
 
+def test_bits_and_mix_reach_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    bits: list[int] = []
+    mixes: list[float] = []
+    tempered, balanced = importance.tempered, modality.balanced
+
+    def spy_tempered(weights: Any, channels: int, of: int, samples: Any) -> Any:
+        bits.append(of)
+        return tempered(weights, channels, of, samples)
+
+    def spy_balanced(image: torch.Tensor, mix: float) -> torch.Tensor:
+        mixes.append(mix)
+        return balanced(image, mix)
+
+    monkeypatch.setattr(importance, "tempered", spy_tempered)
+    monkeypatch.setattr(modality, "balanced", spy_balanced)
+    for name, expected in (("w2a16", 2), ("w3a16", 3)):
+        bits.clear()
+        block = tiny_block(tiny_stream("text", 2), name, error=0.1)
+        plan = recipe("vlmq", name, candidates=["modality"], mix=0.25)
+        METHODS["vlmq"].quantize_block(block, plan, NOTHING)
+        assert set(bits) == {expected} and set(mixes) == {0.25}
+
+
 def test_modality_weights_balance() -> None:
     image = torch.tensor([True] * 6 + [False] * 2)
-    found = vlmq.balanced(image)
+    found = modality.balanced(image)
     assert found[image].sum() == found[~image].sum() == 4
-    assert torch.equal(vlmq.balanced(torch.ones(4, dtype=torch.bool)), torch.ones(4))
+    assert torch.equal(modality.balanced(torch.ones(4, dtype=torch.bool)), torch.ones(4))
     # The share that the tokens have by their number is no weight at all.
-    assert torch.equal(vlmq.balanced(image, float(image.float().mean())), torch.ones(8))
-    assert vlmq.balanced(image, 0.125)[image].sum() == 1
+    assert torch.equal(modality.balanced(image, float(image.float().mean())), torch.ones(8))
+    assert modality.balanced(image, 0.125)[image].sum() == 1
 
 
 def test_weighted_statistics_win_where_the_weights_say() -> None:

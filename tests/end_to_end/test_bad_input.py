@@ -298,6 +298,18 @@ def test_a_corrupt_image_is_named(
     assert "broken.png" in one_line(capsys, "qvlm-run")
 
 
+def test_a_pattern_that_matches_nothing_is_noted(
+    tiny_source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = tmp_path / "recipe.json"
+    rules = [{"pattern": p, "format": "w8a8"} for p in ("txt.*", "text.*")]
+    recipe.write_text(json.dumps({"schema": 1, "rules": rules}))
+    command = [str(tiny_source), str(tmp_path / "out"), "--recipe", str(recipe), "--dry-run"]
+    assert export_main(command) == 0
+    said = capsys.readouterr().err
+    assert said == "note: no linear or embedding matches the recipe's 'txt.*'\n"
+
+
 def test_an_existing_folder_is_not_replaced_unasked(
     exported: Path, tiny_source: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -18,9 +18,11 @@ import pytest
 
 from qvlm.checkpoint import Checkpoint
 from qvlm.errors import ExportError
+from qvlm_export.package import write_report
 from qvlm_export.report import Report, component_rows, read_comparison, to_html
 from qvlm_export.report.method import method_sections
 from qvlm_export.report.svg import Axis
+from qvlm_export.report.tried import tried_section
 
 TRIED = [
     {"method": "float", "format": "float", "bits_per_weight": 16.0, "kl": 0.0, "exact_match": 0.98},
@@ -223,3 +225,31 @@ def test_comparisons_are_read_or_refused(tmp_path: Path) -> None:
 
 def test_numbers_are_never_drawn_as_nan(report: Report) -> None:
     assert not re.search(r"(?<![a-z])(nan|inf)(?![a-z])", to_html(report), re.IGNORECASE)
+
+
+def test_methods_can_be_told_apart() -> None:
+    rows = [{**TRIED[1], "method": f"m{i}"} for i in range(18)]
+    (drawing, *_) = (part for part in tried_section(rows) if part.startswith("<svg"))
+    marks = re.findall(r'r="4" class="(\w+ c\d)"', drawing)  # the legend's
+    assert len(marks) == len(set(marks)) == 18
+
+
+def test_what_cannot_be_drawn_leaves_the_old_report(
+    report: Report, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_report(tmp_path, report)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def fail(report: Report) -> str:
+        raise ValueError("no drawing")
+
+    monkeypatch.setattr("qvlm_export.package.to_html", fail)
+    with pytest.raises(ValueError, match="no drawing"):
+        write_report(tmp_path, replace(report, version="9"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_reference_without_a_score_draws_no_line() -> None:
+    reference = {key: value for key, value in TRIED[0].items() if key != "exact_match"}
+    page = "".join(tried_section([reference, *TRIED[1:]]))
+    assert "exact match" in page and 'class="dash"' not in page

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from qvlm.commands.command import note_unmatched
 from qvlm.commands.recipe import add_untie_argument, recipe_of
 from qvlm.errors import ExportError
 from qvlm.progress import reporter
@@ -113,7 +114,7 @@ def _recipe(args: argparse.Namespace, targets: Sequence[str]) -> Recipe:
 
 
 def _export(args: argparse.Namespace) -> Answer:
-    from qvlm_export.pipeline import Request, check_output, export
+    from qvlm_export.pipeline import Request, check_output, export, is_quantized
 
     if not args.dry_run:
         check_output(args.out, args.overwrite)  # before a budget's sensitivities are measured
@@ -131,8 +132,11 @@ def _export(args: argparse.Namespace) -> Answer:
     )
     if args.dry_run:
         data = _dry_run(request)
+        note_unmatched(data["unmatched"])
         print(_plan_text(data, request.targets))
         return 0, data
+    if request.recipe.deployable and not args.resume and not is_quantized(args.source):
+        note_unmatched(_dry_run(request)["unmatched"])
     result = export(
         request,
         args.out,

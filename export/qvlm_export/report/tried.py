@@ -32,7 +32,8 @@ def tried_section(rows: Sequence[Json]) -> list[str]:
         '<p class="sub">A dot per method, format and draw, methods side by side; bits count the whole model.</p>',
     ]
     if all("exact_match" in row for row in tried):
-        parts.append(_scatter(tried, colours, "exact_match", reference))
+        known = reference if reference and "exact_match" in reference else None
+        parts.append(_scatter(tried, colours, "exact_match", known))
     parts.append(_scatter([r for r in tried if r["kl"] > 0], colours, "kl", None))
     return [*parts, _rows(rows)]
 
