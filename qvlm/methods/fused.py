@@ -129,7 +129,7 @@ class Fused:
         if settings.solver == "grid":
             chosen, report["solver"] = grid_solver(loss, started.soft)
         else:
-            plan = settings.descent(len(block.quant_inputs), min(bits), recipe.seed)
+            plan = settings.descent(len(block.quant_inputs), recipe.seed)
             chosen, report["solver"] = gradient_solver(loss, started.soft, plan)
         return BlockResult(
             {name: _with_weight(started.results[name], q) for name, q in chosen.items()}, report

@@ -35,8 +35,8 @@ class Settings:
     solver: str = "gradient"
     solver_bits: int = 3
     loss: str = "output"
-    steps: int | None = None  # at most; None: see ``descent``
-    passes: float | None = None  # over the fitted samples, at most; None: see ``descent``
+    steps: int = 60  # at most
+    passes: float = 5.0  # over the fitted samples, at most
     batch: int = 4
     rate: float | None = None  # of the roundings; None: 1 / steps
     scale_rate: float = 0.1  # of the scales, as a share of rate
@@ -58,10 +58,8 @@ class Settings:
                 )
         for name in ("depth", "steps", "batch", "every", "passes"):
             value = getattr(self, name)
-            if value is not None and not 1 <= value < math.inf:
+            if not 1 <= value < math.inf:
                 raise RecipeError(f"option {name}: {value!r}, expected at least 1")
-        if self.steps is not None and not isinstance(self.steps, int):
-            raise RecipeError(f"option steps: {self.steps!r}, expected a whole number")
         if self.rate is not None and not (
             isinstance(self.rate, int | float) and 0 < self.rate < math.inf
         ):
@@ -88,14 +86,10 @@ class Settings:
         """The shrunk H with its factors."""
         return self.kernel.factored(fit.hessian, self.shrinkage)
 
-    def descent(self, samples: int, bits: int, seed: int) -> Descent:
-        """Step 3's plan for so many samples and the fewest bits of a block: few samples are not gone through more than
-        ``passes`` times. 60 steps and 5 passes where none are given; 200 and 50 at two bits and fewer, where they pay.
-        """
+    def descent(self, samples: int, seed: int) -> Descent:
+        """Step 3's plan for so many samples: few samples are not gone through more than ``passes`` times."""
         fitted = len(split(samples)[0])
-        most, passes = (60, 5.0) if bits > 2 else (200, 50.0)
-        passes = passes if self.passes is None else self.passes
-        steps = max(1, min(self.steps or most, math.ceil(passes * fitted / self.batch)))
+        steps = max(1, min(self.steps, math.ceil(self.passes * fitted / self.batch)))
         rate = self.rate or 1 / steps
         return Descent(steps, self.batch, rate, rate * self.scale_rate, self.every, seed)
 

@@ -164,17 +164,15 @@ def test_blocks_and_temper_follow_their_options(block: Block) -> None:
 
 
 def test_few_samples_get_fewer_steps() -> None:
-    """16 samples: 14 fitted, 5 passes over them in batches of 4 are 17.5 steps, at two bits 50 are 175; rates follow
-    them."""
+    """16 samples: 14 fitted, 5 passes over them in batches of 4 are 17.5 steps; rates follow them."""
     settings = fused.Settings()
-    few, many = settings.descent(16, 3, 3), settings.descent(128, 4, 3)
+    few, many = settings.descent(16, 3), settings.descent(128, 3)
     assert (few.steps, many.steps, many.seed) == (18, 60, 3)
     assert (few.rate, many.rate) == (1 / 18, 1 / 60)
     assert few.scale_rate == pytest.approx(0.1 / 18, rel=1e-15)
-    assert (settings.descent(16, 2, 0).steps, settings.descent(128, 2, 0).steps) == (175, 200)
-    assert fused.Settings(steps=9, passes=1).descent(128, 2, 0).steps == 9
-    assert fused.Settings(rate=0.5).descent(16, 3, 0).rate == 0.5
-    assert fused.Settings(batch=100, passes=1).descent(2, 3, 0).steps == 1
+    assert fused.Settings(steps=9, passes=1).descent(128, 0).steps == 9
+    assert fused.Settings(rate=0.5).descent(16, 0).rate == 0.5
+    assert fused.Settings(batch=100, passes=1).descent(2, 0).steps == 1
 
 
 def test_the_solver_takes_these_steps(block: Block) -> None:

@@ -20,7 +20,7 @@ from qvlm.recipe import Recipe
     ("method", "options", "said"),
     [
         ("fused", {"passes": 0}, "option passes: 0, expected at least 1"),
-        ("fused", {"steps": "many"}, "an option's value is of another kind"),
+        ("fused", {"steps": "many"}, "option steps: 'many', expected a whole number"),
         ("fused", {"rate": "fast"}, "option rate: 'fast', expected a positive number"),
         ("fused", {"rate": float("nan")}, "option rate: nan, expected a positive number"),
         ("gptq", {"damping": -1}, "damping"),
