@@ -143,7 +143,7 @@ def resolve(
         if chosen:
             formats[component] = chosen
     _check_tied_head(model, adapter, formats)
-    if not formats and not imported:
+    if not formats:
         _check_patterns(model, adapter, recipe)
     return formats
 
