@@ -25,7 +25,7 @@ class Settings:
     scales: str = "conditional"
     start: str = "residual"
     alpha: str | float = "auto"
-    signed: bool = True  # scales of either sign, in formats that have them
+    signed_bits: int = 2  # scales of either sign at so few bits, in formats that have them
     damping: float = 0.01
     shrinkage: float = 0.05
     sweeps: int = 4

@@ -268,17 +268,25 @@ def test_bad_options_are_refused(options: dict[str, Any], message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("format_name", "signed"), [("w2a16", True), ("w3a16", True), ("w4a16", False)]
+    ("format_name", "signed_bits", "expected"),
+    [
+        ("w2a16", 2, True),
+        ("w2a16", 1, False),
+        ("w3a16", 2, False),
+        ("w3a16", 3, True),
+        ("w4a16", 4, False),
+    ],
 )
-def test_scales_have_either_sign_where_no_engine_runs_the_format(
-    format_name: str, signed: bool
+def test_scales_have_either_sign_at_few_bits_where_no_engine_runs_the_format(
+    format_name: str, signed_bits: int, expected: bool
 ) -> None:
     block = tiny_block(tiny_stream("text", 3), format_name, error=0.1)
-    for options, expected in (({}, signed), ({"signed": False}, False)):
-        found = quantized(block, "fused", solver="none", **options).linears
-        negative = np.mean([float((q.scale < 0).mean()) for q in found.values()])
-        # Either tail of a group is the longer one as often as not.
-        assert 0.3 < negative < 0.7 if expected else negative == 0
-        for name, one in found.items():
-            simulated = FakeQuantLinear.from_quantized(one, block.linears[name].bias)
-            assert np.array_equal(simulated.weight.numpy(), one.dequantize())
+    # 2 is the default.
+    options: dict[str, Any] = {} if signed_bits == 2 else {"signed_bits": signed_bits}
+    found = quantized(block, "fused", solver="none", **options).linears
+    negative = np.mean([float((q.scale < 0).mean()) for q in found.values()])
+    # Either tail of a group is the longer one as often as not.
+    assert 0.3 < negative < 0.7 if expected else negative == 0
+    for name, one in found.items():
+        simulated = FakeQuantLinear.from_quantized(one, block.linears[name].bias)
+        assert np.array_equal(simulated.weight.numpy(), one.dequantize())
