@@ -99,6 +99,8 @@ def test_the_commands_take_it(
     out, image = tmp_path / "out", str(calibration / "0.png")
     arguments = [str(source), str(out), "--recipe", "w4a16", "--method", "gptq"]
     arguments += ["--calib", str(calibration), "--samples", "2"]
+    # The family's template is built in: neither the plan nor the export asks for one.
+    assert export([*arguments, "--dry-run"]) == 0 and not out.exists()
     assert export([*arguments, "--target", "ort", "--target", "jetpack6"]) == 0
     assert export(["verify", str(out)]) == 0
     assert export(["check", str(out), "--target", "jetpack6"]) == 0

@@ -187,5 +187,6 @@ def _dry_run(request: Any) -> dict[str, Any]:
     from qvlm_export.precheck import Settings, check_settings
 
     source = open_source(request.source)
-    check_settings(Settings(source.directory, source.config), request.max_context, request.limits)
+    settings = Settings(source.directory, source.config)
+    check_settings(settings, request.max_context, request.limits, source.adapter.chat_template)
     return plan(source, request.recipe).to_json()
