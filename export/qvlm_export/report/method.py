@@ -214,7 +214,11 @@ def _ranges(rows: Sequence[tuple[str, Json]]) -> str:
                 drawing.dot(x, axis(value), colour, tip, 2.5)
             if step > 40 and _is_outlier(found):
                 channel, value = found["channels"][0]
-                drawing.label(x, axis(value) - 7, channel, "middle", "small")
+                # Two lines stand close: their numbers lean away from each other.
+                shift, anchor = (
+                    ((6, "end"), (-6, "start"))[side] if len(kinds) > 1 else (0, "middle")
+                )
+                drawing.label(x + shift, axis(value) - 7, channel, anchor, "small")
     return drawing.markup()
 
 
