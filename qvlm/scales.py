@@ -23,8 +23,8 @@ directions with most energy, and by the error after a whole sweep for each facto
 demo's decoder at three bits, held out, the output error after GPTQ was 4.08e-3 with "conditional", 4.29e-3 with
 "diagonal", 4.50e-3 with the block and 4.83e-3 with the common factor.
 
-Signs are AutoRound's "full range" symmetric grid. On the demo's decoder at two bits they halve the divergence of
-``fused`` (README).
+Signs are AutoRound's "full range" symmetric grid. On the demo's decoder at two bits they take two fifths off the
+divergence of ``fused`` (README).
 
 Cost: one rounding of the weight per candidate, and the inverse of H for "conditional".
 """

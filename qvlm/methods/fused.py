@@ -31,8 +31,8 @@ the loss of a block, the mean of those of its last layer.
 
 What each stage is worth stands in README (three draws, four and three bits): most the rotation and the searched scales;
 shrinkage guards against single draws that lose; descent pays at three bits, joint rounding at three and fewer, at four
-it loses, so ``solver_bits`` is 3. Scales of either sign halve the divergence at two bits; at three they help most
-tokens of some draws and lost one draw in nine by far, so ``signed_bits`` is 2.
+it loses, so ``solver_bits`` is 3. Scales of either sign take two fifths off the divergence at two bits; at three they
+help most tokens of some draws and lost one draw in nine by far, so ``signed_bits`` is 2.
 
 Tried and left out: scales tuned end to end (Adam on the answers' KL), which 900 further samples did not make to pay;
 calibration samples of random tokens; the loss "both", whose result held-out samples reject. Curvature weights gain

@@ -150,16 +150,12 @@ class AttentionSolver:
             self.targets = [
                 self._output(layer, hidden, i) for i, hidden in enumerate(block.float_inputs)
             ]
-        self.factors = self._input_factors()
+        self.factors = self._gradients(layer, self.inputs)  # step 1
 
     def _output(self, layer: StagedLayer, hidden: Tensor, sample: int) -> Tensor:
         """Attn(X), or the layer's output, as ``scope`` says."""
         stream, scope = layer.block.stream, self.settings.scope
         return importance.scope_output(stream, layer.index, self.attention, scope, hidden, sample)
-
-    def _input_factors(self) -> dict[str, list[Tensor]]:
-        """Step 1: relative factors [tokens] of q, k and v for every sample."""
-        return self._gradients(self.layer, self.inputs)
 
     def _gradients(self, layer: StagedLayer, names: Sequence[str]) -> dict[str, list[Tensor]]:
         """Relative factors [tokens] of linears of the attention, by one backward pass a sample."""

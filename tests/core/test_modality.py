@@ -189,3 +189,13 @@ def test_it_is_for_the_decoder(tiny_source: Path) -> None:
     with pytest.raises(RecipeError, match="q-vlm searches one range per input"):
         METHODS["q-vlm"].prepare(replace(context, recipe=recipe("w8a8-split", "q-vlm")))
     assert resolve(context.model, context.adapter, RECIPES["w8a8-split"])["text"]
+
+
+def test_modality_weights_balance() -> None:
+    image = torch.tensor([True] * 6 + [False] * 2)
+    found = modality.balanced(image)
+    assert found[image].sum() == found[~image].sum() == 4
+    assert torch.equal(modality.balanced(torch.ones(4, dtype=torch.bool)), torch.ones(4))
+    # The share that the tokens have by their number is no weight at all.
+    assert torch.equal(modality.balanced(image, float(image.float().mean())), torch.ones(8))
+    assert modality.balanced(image, 0.125)[image].sum() == 1

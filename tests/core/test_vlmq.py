@@ -309,16 +309,6 @@ def test_bits_and_mix_reach_the_weights(monkeypatch: pytest.MonkeyPatch) -> None
         assert set(bits) == {expected} and set(mixes) == {0.25}
 
 
-def test_modality_weights_balance() -> None:
-    image = torch.tensor([True] * 6 + [False] * 2)
-    found = modality.balanced(image)
-    assert found[image].sum() == found[~image].sum() == 4
-    assert torch.equal(modality.balanced(torch.ones(4, dtype=torch.bool)), torch.ones(4))
-    # The share that the tokens have by their number is no weight at all.
-    assert torch.equal(modality.balanced(image, float(image.float().mean())), torch.ones(8))
-    assert modality.balanced(image, 0.125)[image].sum() == 1
-
-
 def test_weighted_statistics_win_where_the_weights_say() -> None:
     """With importance c, the c-weighted output error on held-out tokens falls against uniform sums."""
     generator = torch.Generator().manual_seed(3)

@@ -27,6 +27,7 @@ from qvlm_runtime.manifest import CACHE_FORMS, DTYPES
 
 
 def export_parser() -> Command:
+    """Of the command without a name."""
     parser = parser_of("", "Quantize, export, verify and package a vision-language model.")
     add = parser.add_argument
     add("source", metavar="SRC", help='HF directory, hub id, quantized checkpoint, or "demo"')
