@@ -153,12 +153,12 @@ def _check_patterns(model: nn.Module, adapter: Adapter, recipe: Recipe) -> None:
     asked = [rule for rule in recipe.rules if rule.format.weights is not None]
     unused = set(unmatched(model, adapter, recipe))
     if asked and all(rule.pattern in unused for rule in asked):
-        first = next(f"{c}.{name}" for c in COMPONENTS for name in adapter.linears(model, c))
+        names = [f"{c}.{name}" for c in COMPONENTS for name in adapter.linears(model, c)]
         if any(rule.pattern.startswith(EMBEDDING) for rule in asked):
-            first = f"{EMBEDDING}.{adapter.embeddings[0]}"
+            names = [f"{EMBEDDING}.{name}" for name in adapter.embeddings] + names
         raise RecipeError(
             f"no linear or embedding matches {', '.join(repr(rule.pattern) for rule in asked)}, so nothing would be "
-            f"quantized. Patterns are matched on names like {first!r}."
+            f"quantized. Patterns are matched on names like {names[0]!r}."
         )
 
 

@@ -141,3 +141,10 @@ def test_formats_that_make_no_sense_are_refused(tmp_path: Path) -> None:
         plan(tied, Recipe(RULES))
     with pytest.raises(CalibrationError, match="no sample has an image"):
         embedding.quantize(model, {PATCHES: FORMATS["w4a16-g64"]}, [])
+
+
+@pytest.mark.parametrize(("known", "like"), [(ADAPTER.embeddings, "embedding."), ((), "vision.")])
+def test_a_misspelt_embedding_is_shown_a_name(known: tuple[str, ...], like: str) -> None:
+    recipe = Recipe((LayerRule("embedding.*tabel", FORMATS["w8a16"]),))
+    with pytest.raises(RecipeError, match=f"matches 'embedding.*on names like .{like}"):
+        resolve(tiny_llava(), replace(ADAPTER, embeddings=known), recipe)
